@@ -1,0 +1,43 @@
+"""The command line: python -m minideepseek blank | check."""
+import argparse
+import sys
+
+from minideepseek.classroom.blank import ExerciseError, blank
+from minideepseek.classroom.check import check_all, check_file
+
+FIRST_COMMANDS = """\
+minideepseek: DeepSeek-V3 in plain NumPy, every backward pass by hand. Three commands to begin with:
+
+  python -m minideepseek check            the gradient table: every component against finite differences
+  python -m minideepseek blank rmsnorm    your first exercise: rmsnorm without its backward
+  python -m minideepseek check FILE       check what you wrote
+"""
+
+
+def main(argv=None):
+    """Run one command; return its exit code: 0 right, 1 wrong, 2 a command or file that cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m minideepseek")
+    commands = parser.add_subparsers(dest="command")
+    blank_parser = commands.add_parser("blank", help="write a copy of a component with a function left to you")
+    blank_parser.add_argument("file", help="rmsnorm, basics/rmsnorm or a path")
+    blank_parser.add_argument("function", nargs="?", help="rmsnorm_forward or rmsnorm_backward; default: every backward")
+    blank_parser.add_argument("--out", help="where to write it; default: <name>_exercise.py here")
+    check_parser = commands.add_parser("check", help="check a component or an exercise; without a file, all components")
+    check_parser.add_argument("file", nargs="?")
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "blank":
+            out, functions = blank(options.file, options.function, options.out)
+            print(f"{out}: write {' and '.join(functions)}, then run: python -m minideepseek check {out}")
+        elif options.command == "check":
+            return check_file(options.file) if options.file else check_all()
+        else:
+            print(FIRST_COMMANDS, end="")
+    except (ExerciseError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,151 @@
+"""Check a component, or a student's copy of one: forward against the reference's values, backward against slopes.
+
+Derivation: whiteboard/classroom/check.md
+"""
+if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
+    import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+from minideepseek.autograd.gradcheck import GradcheckError, gradcheck
+from minideepseek.classroom.blank import ExerciseError, find, read
+from minideepseek.classroom.components import PACKAGE, components, page_of
+
+SEEDS = (0, 1, 2)
+SAME = 1e-12             # a forward is right when it differs from the reference by at most this, relative to the largest value
+
+
+def check_all():
+    """Print the worst gradient error of every component, per argument; return 0 when all are right, else 1."""
+    wrong = 0
+    print(f"{'component':14s} worst error of each gradient, relative to its scale (tolerance 1e-07, {len(SEEDS)} seeds)")
+    for component in components():
+        try:
+            errors = _check_backward(component, component.forward, component.backward)
+            print(f"{component.name:14s} " + "  ".join(f"d{name} {error:.0e}" for name, error in errors.items()))
+        except GradcheckError as error:
+            wrong += 1
+            print(f"{component.name:14s} WRONG  {error}")
+    return int(wrong > 0)
+
+
+def check_file(file):
+    """Check the functions of one file and print a line for each; return 0 when all are right, else 1.
+
+    file: a component's name, a path, or a copy made by `blank`.
+    Raises ExerciseError for a file that is no component, or that does not run.
+    """
+    path = find(file)
+    source, names = read(path)
+    references = {c.name: c for c in components() if c.path == _reference(path, source)}
+    unknown = [name for name in names if name not in references]
+    if unknown:
+        raise ExerciseError(f"{path}: {', '.join(unknown)}: the reference has no such component, only {', '.join(references)}")
+    module = _load(path)
+    wrong = 0
+    for name in names:
+        for part in ("forward", "backward"):
+            function = getattr(module, f"{name}_{part}")
+            verdict = _verdict(references[name], module, name, part)
+            wrong += not verdict.startswith("right")
+            print(f"{function.__name__:24s} {verdict}")
+    return int(wrong > 0)
+
+
+def _reference(path, source):
+    """The file of the package that `path` is, or is a copy of: its docstring names the page, the page names the file."""
+    page = page_of(source)
+    reference = PACKAGE / Path(page).relative_to("whiteboard").with_suffix(".py") if page and page.startswith("whiteboard/") else None
+    if reference is None or not reference.is_file():
+        raise ExerciseError(f"{path}: its docstring names no whiteboard page of this package ('Derivation: whiteboard/...'), "
+                            "so its reference cannot be found")
+    return reference
+
+
+def _load(path):
+    """Import a file that stands outside the package."""
+    spec = importlib.util.spec_from_file_location(f"exercise_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ExerciseError(f"{path}: it does not run: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _verdict(reference, module, name, part):
+    """One line on one function: right, not written yet, or what is wrong with it."""
+    forward, backward = getattr(module, f"{name}_forward"), getattr(module, f"{name}_backward")
+    try:
+        if part == "forward":
+            return f"right: values equal, largest difference {_check_forward(reference, forward):.0e}"
+        try:
+            _check_forward(reference, forward)
+        except Exception:
+            forward = reference.forward          # the student's own is not right yet: judge the backward on the reference's
+        errors = _check_backward(reference, forward, backward)
+        return "right: " + "  ".join(f"d{name} {error:.0e}" for name, error in errors.items())
+    except NotImplementedError as error:
+        return f"not written yet: {error}"
+    except (GradcheckError, ExerciseError) as error:
+        return f"WRONG: {error}"
+    except Exception as error:                   # whatever a student's function raises is an answer, not a crash
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"WRONG: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}: {last.line})"
+
+
+def _check_forward(reference, forward):
+    """The largest difference from the reference's outputs. Raises ExerciseError at the first case that differs."""
+    largest = 0.0
+    for case, args, config in _cases(reference):
+        expected, _ = reference.forward(*args, **config)
+        returned = forward(*[np.copy(a) if isinstance(a, np.ndarray) else a for a in args], **config)
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise ExerciseError(f"case '{case}': it must return (output, cache), it returned {type(returned).__name__}")
+        for y, y_right in zip(_outputs(returned[0]), _outputs(expected), strict=True):
+            if y.shape != y_right.shape:
+                raise ExerciseError(f"case '{case}': the output has shape {y.shape}, expected {y_right.shape}")
+            error = np.abs(y - y_right)
+            if not (error <= SAME * np.abs(y_right).max(initial=1e-300)).all():
+                worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape)
+                index = ", ".join(str(int(i)) for i in worst)
+                raise ExerciseError(f"case '{case}': output[{index}] = {y[worst]:.6g}, expected {y_right[worst]:.6g}")
+            largest = max(largest, float(error.max(initial=0)))
+    return largest
+
+
+def _check_backward(reference, forward, backward):
+    worst = {}
+    for seed in SEEDS:
+        for args, config in reference.examples(np.random.default_rng(seed)).values():
+            for name, error in gradcheck(forward, backward, args, config, seed=seed).items():
+                worst[name] = max(error, worst.get(name, 0.0))
+    return worst
+
+
+def _cases(reference):
+    for seed in SEEDS:
+        for case, (args, config) in reference.examples(np.random.default_rng(seed)).items():
+            yield case, args, config
+
+
+def _outputs(output):
+    return [np.asarray(y) for y in (output if isinstance(output, tuple) else (output,))]
+
+
+def demo():
+    """The table of all components."""
+    wrong = check_all()
+    print("claim: every gradient of the package is right:", not wrong)
+    assert not wrong
+
+
+if __name__ == "__main__":
+    from minideepseek.classroom.check import demo  # the imported copy, so that every name exists once
+    demo()
