@@ -353,27 +353,34 @@ def report(forward, backward, examples, seed=0):
 
 def demo():
     """A right backward, then five wrong ones and what each is told."""
-    from minideepseek.basics.rmsnorm import rmsnorm_backward, rmsnorm_examples, rmsnorm_forward
 
-    args, config = rmsnorm_examples(np.random.default_rng(0))["tokens"]
-    print("right         ", {name: f"{error:.0e}" for name, error in gradcheck(rmsnorm_forward, rmsnorm_backward, args).items()})
-    right = rmsnorm_backward
+    def gain_forward(x, g):
+        return x * g, (x, g)
+
+    def gain_backward(dy, cache):
+        x, g = cache
+        return dy * g, (dy * x).sum(axis=0)
+
     wrong = {
-        "wrong sign": lambda dy, cache: (-right(dy, cache)[0], right(dy, cache)[1]),
-        "mean, not sum": lambda dy, cache: (right(dy, cache)[0], right(dy, cache)[1] / 3),
-        "no sum": lambda dy, cache: (right(dy, cache)[0], dy * cache[2]),
-        "abs(dy)": lambda dy, cache: right(np.abs(dy), cache),
-        "zeros": lambda dy, cache: (np.zeros_like(dy), right(dy, cache)[1]),
+        "wrong sign": lambda dy, cache: (-dy * cache[1], (dy * cache[0]).sum(axis=0)),
+        "mean, not sum": lambda dy, cache: (dy * cache[1], (dy * cache[0]).mean(axis=0)),
+        "no sum": lambda dy, cache: (dy * cache[1], dy * cache[0]),
+        "abs(dy)": lambda dy, cache: gain_backward(np.abs(dy), cache),
+        "zeros": lambda dy, cache: (np.zeros_like(dy), (dy * cache[0]).sum(axis=0)),
     }
+    rng = np.random.default_rng(0)
+    args = rng.standard_normal((3, 4)), rng.standard_normal(4)
+    print("shapes         x (3, 4), g (4,) -> y = x * g (3, 4)")
+    errors = gradcheck(gain_forward, gain_backward, args)
+    print("right         ", "  ".join(f"d{name} {error:.0e}" for name, error in errors.items()))
     caught = 0
     for what, backward in wrong.items():
-        backward.__name__, backward.__module__ = "rmsnorm_backward", right.__module__
         try:
-            gradcheck(rmsnorm_forward, backward, args)
+            gradcheck(gain_forward, backward, args)
         except GradcheckError as error:
             caught += 1
             print(f"{what:14s} {error}")
-    print(f"claim: {caught} of {len(wrong)} wrong backwards caught")
+    print(f"claim          {caught} of {len(wrong)} wrong backwards caught")
     assert caught == len(wrong)
 
 

@@ -16,7 +16,7 @@ def rmsnorm_forward(x, g, *, eps=1e-6):
 
     x: (..., D)   g: (D,)   ->   y: (..., D)
 
-    eps: keeps a vector of zeros finite; 1e-6 in every DeepSeek model.
+    eps: keeps a vector of zeros finite; 1e-6 in every released DeepSeek model.
     """
     r = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)                               # (..., 1)   # eq. 1
     x_hat = x / r                                                                           # (..., D)   # eq. 2

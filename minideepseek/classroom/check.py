@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minideepseek.autograd.gradcheck import GradcheckError, gradcheck
+from minideepseek.autograd.gradcheck import GradcheckError, gradcheck, where_derived
 from minideepseek.classroom.blank import ExerciseError, find, read
 from minideepseek.classroom.components import PACKAGE, components, page_of
 
@@ -26,7 +26,7 @@ def check_all():
     print(f"{'component':14s} worst error of each gradient, relative to its scale (tolerance 1e-07, {len(SEEDS)} seeds)")
     for component in components():
         try:
-            errors = _check_backward(component, component.forward, component.backward)
+            errors = _worst_errors(component, component.forward, component.backward)
             print(f"{component.name:14s} " + "  ".join(f"d{name} {error:.0e}" for name, error in errors.items()))
         except GradcheckError as error:
             wrong += 1
@@ -84,23 +84,26 @@ def _verdict(reference, module, name, part):
     forward, backward = getattr(module, f"{name}_forward"), getattr(module, f"{name}_backward")
     try:
         if part == "forward":
-            return f"right: values equal, largest difference {_check_forward(reference, forward):.0e}"
+            return f"right: values equal, largest difference {_compare_values(reference, forward):.0e}"
         try:
-            _check_forward(reference, forward)
+            _compare_values(reference, forward)
         except Exception:
             forward = reference.forward          # the student's own is not right yet: judge the backward on the reference's
-        errors = _check_backward(reference, forward, backward)
+        errors = _worst_errors(reference, forward, backward)
         return "right: " + "  ".join(f"d{name} {error:.0e}" for name, error in errors.items())
     except NotImplementedError as error:
         return f"not written yet: {error}"
-    except (GradcheckError, ExerciseError) as error:
+    except GradcheckError as error:              # the student's lines need not carry tags: the reference's do
+        own, derived = where_derived(backward, error.argument), where_derived(reference.backward, error.argument)
+        return f"WRONG: {str(error).removesuffix(own)}{derived}"
+    except ExerciseError as error:
         return f"WRONG: {error}"
     except Exception as error:                   # whatever a student's function raises is an answer, not a crash
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"WRONG: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}: {last.line})"
 
 
-def _check_forward(reference, forward):
+def _compare_values(reference, forward):
     """The largest difference from the reference's outputs. Raises ExerciseError at the first case that differs."""
     largest = 0.0
     for case, args, config in _cases(reference):
@@ -120,7 +123,7 @@ def _check_forward(reference, forward):
     return largest
 
 
-def _check_backward(reference, forward, backward):
+def _worst_errors(reference, forward, backward):
     worst = {}
     for seed in SEEDS:
         for args, config in reference.examples(np.random.default_rng(seed)).values():

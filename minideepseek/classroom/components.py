@@ -40,14 +40,14 @@ def components():
         names = pairs(path.read_text(encoding="utf-8"))
         if names:
             module = importlib.import_module(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
-            found += [Component(name, module, *(getattr(module, f"{name}_{part}") for part in ("forward", "backward", "examples")))
+            found += [Component(name, module, *[getattr(module, f"{name}_{part}") for part in ("forward", "backward", "examples")])
                       for name in names]
     return found
 
 
 def pairs(source):
     """The names x for which a file defines both x_forward and x_backward, in the order of the file."""
-    functions = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    functions = [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
     return [f.removesuffix("_forward") for f in functions
             if f.endswith("_forward") and f.removesuffix("_forward") + "_backward" in functions]
 

@@ -1,0 +1,68 @@
+"""The checker is proved by what it kills: every mutant of every backward, or a written reason why it may live."""
+from collections import Counter
+
+import pytest
+
+from tests.house import COMPONENTS
+from tests.mutants import PLAIN_SCALINGS, cases, killed_by, mutants
+
+# (component, operator, edit): why this edit changes nothing that a caller could see
+INFER = "reshape takes any negative size for 'what is left'"
+ONE_AXIS = "the transpose of an array of one axis is itself"
+DTYPE = "only the dtype of dy is read here"
+_one_hot = "one_hot = csr_array((np.ones(M, dy.dtype), ids.reshape(-1), np.arange(M + 1)), shape=(M, U))"
+EQUIVALENT = {
+    ("embedding", "nonlinear dy", f"dy -> np.ones_like(dy)  in  {_one_hot}"): DTYPE,
+    ("embedding", "nonlinear dy", f"dy -> np.abs(dy)  in  {_one_hot}"): DTYPE,
+    ("embedding", "nonlinear dy", f"dy -> dy * dy  in  {_one_hot}"): DTYPE,
+    ("embedding", "nonlinear dy", f"dy -> np.sign(dy)  in  {_one_hot}"): DTYPE,
+    ("embedding", "constant", f"1 -> 2  in  {_one_hot}"): INFER,
+    ("layernorm", "transpose", "dg -> dg.T  in  return (dx, dg, db)"): ONE_AXIS,
+    ("layernorm", "transpose", "db -> db.T  in  return (dx, dg, db)"): ONE_AXIS,
+    ("layernorm", "constant", "1 -> 2  in  db = dy.reshape(-1, g.size).sum(axis=0)"): INFER,
+    ("layernorm", "constant", "1 -> 2  in  dg = (dy * x_hat).reshape(-1, g.size).sum(axis=0)"): INFER,
+    ("layernorm", "wrong variable", "g -> db  in  dg = (dy * x_hat).reshape(-1, g.size).sum(axis=0)"):
+        "only the size is read, and the bias is as long as the gain",
+    ("linear", "constant", "1 -> 2  in  x2d, dy2d = (x.reshape(-1, D), dy.reshape(-1, F))"): INFER,
+    ("linear", "wrong variable", "dy2d -> dy  in  dx = gemm(dy2d, W.T, role='dx').reshape(x.shape)"):
+        "A @ B takes more axes too; that a gemm is handed two is tested in test_linear",
+    ("add", "swap", "(dx, dr) -> (dr, dx)  in  return (dx, dr)"): "both are copies of dy",
+    ("add", "wrong variable", "dy -> dx  in  dr = dy.copy()"): "both are copies of dy",
+    ("rmsnorm", "transpose", "dg -> dg.T  in  return (dx, dg)"): ONE_AXIS,
+    ("rmsnorm", "constant", "1 -> 2  in  dg = (dy * x_hat).reshape(-1, g.size).sum(axis=0)"): INFER,
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    """[(mutant, stage or exception that killed it, None for a survivor)] of the whole package."""
+    found = []
+    for component in COMPONENTS:
+        checked_cases = cases(component)
+        found += [(mutant, killed_by(component, mutant, checked_cases)) for mutant in mutants(component)]
+    return found
+
+
+def test_every_mutant_dies_or_is_listed_as_equivalent(verdicts):
+    survivors = [mutant[:3] for mutant, killer in verdicts if killer is None and mutant[:3] not in EQUIVALENT]
+    assert not survivors, "the checks let these through:\n" + "\n".join(map(repr, survivors))
+
+
+def test_every_mutant_listed_as_equivalent_still_survives(verdicts):
+    alive = {mutant[:3] for mutant, killer in verdicts if killer is None}
+    assert EQUIVALENT.keys() <= alive, f"no longer there, or no longer alive: {EQUIVALENT.keys() - alive}"
+
+
+def test_there_are_many_mutants_of_many_kinds(verdicts, capsys):
+    made = Counter(mutant.operator for mutant, _ in verdicts)
+    crashed = Counter(mutant.operator for mutant, killer in verdicts if isinstance(killer, str))
+    alive = Counter(mutant.operator for mutant, killer in verdicts if killer is None)
+    with capsys.disabled():
+        print(f"\n{'operator':16s} mutants  caught  crashed  equivalent")
+        for operator, n in [*made.most_common(), ("all", sum(made.values()))]:
+            c, a = (crashed[operator], alive[operator]) if operator != "all" else (sum(crashed.values()), sum(alive.values()))
+            print(f"{operator:16s} {n:7d} {n - c - a:7d} {c:8d} {a:11d}")
+    total = sum(made.values())
+    assert total >= 400
+    assert sum(made[operator] for operator in PLAIN_SCALINGS) <= total / 3
+    assert sum(crashed.values()) <= total / 2, "too many mutants die of a crash alone"
