@@ -7,7 +7,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from minideepseek.autograd.gradcheck import GradcheckError, finite_differences, gradcheck
+from minideepseek.autograd.finite_differences import GradcheckError, finite_differences
+from minideepseek.autograd.gradcheck import gradcheck
 
 PLAIN_SCALINGS = {"scale"}
 

@@ -10,7 +10,7 @@ from tests.mutants import PLAIN_SCALINGS, cases, killed_by, mutants
 INFER = "reshape takes any negative size for 'what is left'"
 ONE_AXIS = "the transpose of an array of one axis is itself"
 DTYPE = "only the dtype of dy is read here"
-_one_hot = "one_hot = csr_array((np.ones(M, dy.dtype), ids.reshape(-1), np.arange(M + 1)), shape=(M, U))"
+_one_hot = "P = csr_array((np.ones(M, dy.dtype), (np.arange(M), ids.reshape(-1))), shape=(M, U))"
 EQUIVALENT = {
     ("embedding", "nonlinear dy", f"dy -> np.ones_like(dy)  in  {_one_hot}"): DTYPE,
     ("embedding", "nonlinear dy", f"dy -> np.abs(dy)  in  {_one_hot}"): DTYPE,

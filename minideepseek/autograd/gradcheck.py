@@ -7,32 +7,15 @@ if not __package__:  # run as a script: take the package from this repository, a
 
 import inspect
 import itertools
-import math
 import re
 import sys
-from typing import NamedTuple
 
 import numpy as np
 
 from minideepseek.autograd.causes import likely_cause
+from minideepseek.autograd.finite_differences import GradcheckError, finite_differences, floating
 
 TOLERANCE = 1e-7         # of the scale of each argument; correct code measures about 1e-10
-MOST_ENTRIES = 2_000     # with more, ten random directions per argument instead of every entry
-STEP = 1e-3              # times min(1, root mean square of the argument)
-
-
-class GradcheckError(AssertionError):
-    """A backward failed. stage: 1 to 6; argument: its name, or None; index: of the worst entry, or None; cause: words."""
-
-    def __init__(self, message, stage, argument=None, index=None, cause=None):
-        super().__init__(message)
-        self.stage, self.argument, self.index, self.cause = stage, argument, index, cause
-
-
-class Slopes(NamedTuple):
-    """Finite differences of all outputs with respect to one argument."""
-    directions: np.ndarray | None    # (10, size): random directions; None: one row per entry
-    rows: np.ndarray                 # (size or 10, outputs): row i is dy/dx_i, or dy along direction i
 
 
 def gradcheck(forward, backward, args, config=None, *, seed=0, smooth_forward=None, slopes=None):
@@ -51,7 +34,7 @@ def gradcheck(forward, backward, args, config=None, *, seed=0, smooth_forward=No
     for name, arg in zip(call.names, call.args):
         if arg is not None and not isinstance(arg, np.ndarray):
             raise TypeError(f"gradcheck: {name} is of type {type(arg).__name__}, expected an array or None")
-        if _floating(arg) and arg.dtype != np.float64:
+        if floating(arg) and arg.dtype != np.float64:
             raise TypeError(f"gradcheck: {name} has dtype {arg.dtype}: use float64; finite differences need its digits")
     call.slopes = slopes or (lambda: finite_differences(smooth_forward or forward, args, config, seed=seed))
     _check_forward(call)                          # stages 1 and 2
@@ -84,7 +67,7 @@ class _Call:
             self.fail(2, f"the forward must return (output, cache), it returned {type(returned).__name__}")
         output, cache = returned
         outputs = [np.asarray(y) for y in (output if isinstance(output, tuple) else (output,))]
-        return [y for y in outputs if _floating(y)], outputs, _read_only(cache, copy=False)
+        return [y for y in outputs if floating(y)], outputs, _read_only(cache, copy=False)
 
     def run_backward(self, dy):
         """dy: flat, over all floating outputs -> tuple of gradients."""
@@ -98,7 +81,8 @@ class _Call:
         except ValueError as error:
             self.in_place(error)
             raise
-        return gradients if isinstance(gradients, tuple) else (gradients,)
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+        return tuple([np.asarray(g) if isinstance(g, np.generic) else g for g in gradients])
 
     def random_dy(self):
         return self.rng.standard_normal(sum(y.size for y in self.outputs))
@@ -131,7 +115,7 @@ def _check_form(call, dy):
     owners = [(f"the argument {name}", arg) for name, arg in zip(call.names, call.args) if arg is not None]
     owners += [("dy", dy) for dy in call.dys] + [("the cache", array) for array in _arrays(call.cache)]
     for position, (name, arg, gradient) in enumerate(zip(call.names, call.args, gradients)):
-        if not _floating(arg):
+        if not floating(arg):
             if gradient is not None:
                 call.fail(3, f"the gradient of {name} must be None: it is {'absent' if arg is None else 'made of integers'}", name)
             continue
@@ -159,7 +143,7 @@ def _check_linear(call, dys, gradients):
     zero = call.run_backward(np.zeros_like(dys[0]))
     mixed = call.run_backward(1e3 * dys[0] - 2 * dys[1])
     for i, name in enumerate(call.names):
-        if not _floating(call.args[i]):
+        if not floating(call.args[i]):
             continue
         if again[i].tobytes() != gradients[0][i].tobytes():
             call.fail(4, f"d{name}: two runs with the same dy and cache differ", name)
@@ -213,59 +197,8 @@ def _check_float32(call):
             call.fail(6, f"float32 in, {y.dtype} out of the forward: a float64 constant or np.sqrt(int) promotes")
     call.outputs, call.cache = outputs, cache
     for name, arg, gradient in zip(call.names, call.args, call.run_backward(call.random_dy())):
-        if _floating(arg) and gradient.dtype != np.float32:
+        if floating(arg) and gradient.dtype != np.float32:
             call.fail(6, f"float32 in, but d{name} is {gradient.dtype}", name)
-
-
-def finite_differences(forward, args, config=None, *, seed=0):
-    """Richardson-extrapolated central differences of every output: {position of a floating argument: Slopes}.
-
-    Raises GradcheckError when an integer output (a choice) changes within the step, or a slope is not finite.
-    """
-    floats = [i for i, arg in enumerate(args) if _floating(arg)]
-    rng = np.random.default_rng(seed)
-    every_entry = sum(args[i].size for i in floats) <= MOST_ENTRIES
-    choices = _evaluate(forward, args, config)[1]
-    slopes = {}
-    for i in floats:
-        x = args[i]
-        directions = None if every_entry else rng.standard_normal((10, x.size))
-        rms = math.sqrt(np.mean(np.square(x))) if x.size else 0.0
-        h = STEP * min(1.0, rms or 1.0)
-
-        def move(direction, t):
-            moved = list(args)
-            moved[i] = x + (t * direction).reshape(x.shape)
-            y, now = _evaluate(forward, moved, config)
-            if now != choices:
-                raise GradcheckError("an integer output (a choice) changes within the finite-difference step: "
-                                     "take an example with a wider gap, so that the selection is frozen", 5)
-            return y
-
-        rows = []
-        for direction in (_unit_vectors(x.size) if every_entry else directions):
-            near = (move(direction, h) - move(direction, -h)) / (2 * h)
-            far = (move(direction, 2 * h) - move(direction, -2 * h)) / (4 * h)
-            rows.append((4 * near - far) / 3)
-        slopes[i] = Slopes(directions, np.array(rows))
-        if not np.isfinite(slopes[i].rows).all():
-            raise GradcheckError("the forward gives nan or inf near this input", 5)
-    return slopes
-
-
-def _unit_vectors(size):
-    for k in range(size):
-        unit = np.zeros(size)
-        unit[k] = 1.0
-        yield unit
-
-
-def _evaluate(forward, args, config):
-    """-> all floating outputs in one vector, and the bytes of the integer ones."""
-    output, _ = forward(*args, **(config or {}))
-    outputs = [np.asarray(y) for y in (output if isinstance(output, tuple) else (output,))]
-    floats = [y.reshape(-1) for y in outputs if _floating(y)]
-    return np.concatenate(floats), [y.tobytes() for y in outputs if not _floating(y)]
 
 
 def _slopes(call):
@@ -297,10 +230,6 @@ def where_derived(backward, argument=None):
         source = ""
     tags = re.findall(rf"^[^#=]*\bd{argument}\b[^#=]*=.*# eq\. (\d+)\s*$", source, re.M) if argument else []
     return f"; see {page[1]}" + (f" eq. {tags[-1]}" if tags else "")
-
-
-def _floating(array):
-    return isinstance(array, np.ndarray) and array.dtype.kind == "f"
 
 
 def _first(wrong):

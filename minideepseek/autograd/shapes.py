@@ -16,7 +16,7 @@ import numpy as np
 ITEM = re.compile(
     r"(?P<name>\w+): "
     r"(?:\((?P<dims>(?:[^()]|\([^()]*\))*)\)"                    # an array: (..., D), (B, H*V), (2*(N+R),)
-    r"(?P<ids> int < (?P<below>\w)(?: or (?P<except>\w+))?)?"    # ... of ids: int < U, int < U or ignore_index
+    r"(?P<ids> int < (?P<below>\w)(?: or (?P<except>(?!None\b)\w+))?)?"  # ... of ids: int < U, int < U or ignore_index
     r"(?P<optional> or None)?"                                   # ... that may be absent
     r"|(?P<letter>[A-Z])\b)"                                     # a number in the configuration: n_heads: H
 )
@@ -82,7 +82,9 @@ class ShapeLine:
                 self._agree(item, item.letter, value, known)
             elif value is not None and value is not inspect.Parameter.empty:
                 self._bind_one(item, value, known, postponed)
-        for item, dim, size in postponed:
+        while ready := [entry for entry in postponed if len(_unknown(entry[1], known)) <= 1]:
+            item, dim, size = ready[0]
+            postponed.remove(ready[0])
             _solve(dim, size, known)
             if _value(dim, known) != size:
                 raise ShapeError(self._misfit(item, dim, size, known))
@@ -139,19 +141,23 @@ def _read_item(match):
                 match["below"], match["except"], bool(match["optional"]), match["letter"])
 
 
+def _unknown(dim, known):
+    """The letters of a dimension that stand for nothing yet."""
+    return set(re.findall("[A-Z]", dim)) - known.keys()
+
+
 def _value(dim, known):
     """The number a dimension stands for, None while one of its letters is unknown."""
     if dim in known:
         return known[dim]
-    letters = set(re.findall("[A-Z]", dim))
-    return eval(dim, {"__builtins__": {}}, known) if letters <= known.keys() else None
+    return None if _unknown(dim, known) else eval(dim, {"__builtins__": {}}, known)
 
 
 def _solve(dim, size, known):
     """Bind the one letter of `dim` that is still unknown: H*V = 12 with V = 4 gives H = 3."""
-    unknown = set(re.findall("[A-Z]", dim)) - known.keys()
+    unknown = _unknown(dim, known)
     if len(unknown) == 1:
-        letter = unknown.pop()
+        (letter,) = unknown
         at_0, at_1 = (_value(dim, known | {letter: n}) for n in (0, 1))   # the expression is a line in the letter
         if at_1 != at_0 and (size - at_0) % (at_1 - at_0) == 0:
             known[letter] = int((size - at_0) // (at_1 - at_0))

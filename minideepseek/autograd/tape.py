@@ -109,11 +109,13 @@ class Tape:
     def __enter__(self):
         if self._replayed:
             raise RuntimeError("this tape has been replayed: record on a new Tape()")
+        if self._outer is not None or _recording.tape is self:
+            raise RuntimeError("this tape is recording already: one tape, one with block")
         self._outer, _recording.tape = _recording.tape, self
         return self
 
     def __exit__(self, *_):
-        _recording.tape = self._outer
+        _recording.tape, self._outer = self._outer, None
 
     def backward(self, losses, *, keep=False):
         """Replay the records in reverse and add dlosses/dleaf to the `.grad` of every leaf.
@@ -147,10 +149,10 @@ class Tape:
                 raise
             for x, dx in zip(record.inputs, dxs):
                 if isinstance(x, Tensor) and dx is not None:
-                    grads[x] = grads[x] + dx if x in grads else dx       # never +=: the array may be shared
+                    grads[x] = np.asarray(grads[x] + dx) if x in grads else dx   # never +=: the array may be shared
 
         for leaf, grad in grads.items():                    # every gradient still here belongs to a leaf
-            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+            leaf.grad = grad if leaf.grad is None else np.asarray(leaf.grad + grad)
 
     def __str__(self):
         """The figure of the model: one line per record; after a kept backward, with the norm of each gradient."""
@@ -175,6 +177,8 @@ def _seed(loss, seed, made):
     """The gradient that starts the replay at `loss`, as an array of its shape and dtype."""
     if id(loss) not in made:
         raise ValueError(f"the loss {loss!r} was not made by an op of this tape")
+    if loss.data.dtype.kind in "iub":
+        raise ValueError(f"the loss {loss!r} is made of integers: it has no gradient")
     seed = np.array(seed, dtype=loss.data.dtype)
     if seed.shape != loss.data.shape:
         raise ValueError(f"the loss {loss!r} needs a seed of shape {loss.data.shape}, got {seed.shape}: "
@@ -188,6 +192,7 @@ def _run_backward(record, dys):
     dy = tuple([np.zeros_like(y.data) if dy is None else dy for y, dy in floating])     # an output nobody used
     dxs = record.backward(dy if len(dy) > 1 else dy[0], record.cache)
     dxs = dxs if isinstance(dxs, tuple) else (dxs,)
+    dxs = tuple([np.asarray(dx) if isinstance(dx, np.generic) else dx for dx in dxs])   # NumPy: 0-d arrays decay to scalars
     if len(dxs) != len(record.inputs):
         raise TypeError(f"{record.name}: the backward returned {len(dxs)} gradients for {len(record.inputs)} arguments")
     for position, (x, dx) in enumerate(zip(record.inputs, dxs)):

@@ -25,8 +25,8 @@ def embedding_backward(dy, cache):
     """A token that occurs twice gets the sum of both gradients. `dE[ids] += dy` would keep only the last one."""
     ids, (U, D) = cache
     M = ids.size
-    one_hot = csr_array((np.ones(M, dy.dtype), ids.reshape(-1), np.arange(M + 1)), shape=(M, U))    # y = one_hot @ E
-    dE = one_hot.T @ dy.reshape(M, D)                                           # (U, D)     # eq. 2
+    P = csr_array((np.ones(M, dy.dtype), (np.arange(M), ids.reshape(-1))), shape=(M, U))     # P[i, ids[i]] = 1: y = P @ E
+    dE = P.T @ dy.reshape(M, D)                                                 # (U, D)     # eq. 2
     return None, dE
 
 
