@@ -84,7 +84,7 @@ def _swapped(position, gradients, numerics, names):
 
 
 def _lost_duplicates(given, expected, args, names):
-    """The rows that differ are exactly those whose id occurs more than once."""
+    """Every row that differs belongs to an id that occurs more than once."""
     for name, ids in zip(names, args):
         if ids is None or ids.dtype.kind not in "iu" or given.shape != expected.shape or given.ndim < 2:
             continue

@@ -82,7 +82,7 @@ class ShapeLine:
                 self._agree(item, item.letter, value, known)
             elif value is not None and value is not inspect.Parameter.empty:
                 self._bind_one(item, value, known, postponed)
-        while ready := [entry for entry in postponed if len(_unknown(entry[1], known)) <= 1]:
+        while postponed and (ready := [entry for entry in postponed if len(_unknown(entry[1], known)) <= 1]):
             item, dim, size = ready[0]
             postponed.remove(ready[0])
             _solve(dim, size, known)

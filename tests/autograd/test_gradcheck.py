@@ -1,4 +1,6 @@
 """Right backwards pass, and each kind of wrong one stops at its own stage with its own words."""
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -110,6 +112,28 @@ def backward_float32_safe(backward):
 def test_stage_4_linear_in_dy(change, words):
     error = refused(gain_forward, broken(change))
     assert error.stage == 4 and error.argument == "x" and words in str(error)
+
+
+def test_stage_4_sees_abs_dy_whatever_the_signs_of_its_random_dy():
+    """A single scalar output: |dy| and dy agree as long as every dy that is tried happens to be positive."""
+    total = lambda x: (np.sum(x * x), x)
+    for seed in range(16):
+        assert refused(total, lambda dy, x: 2 * x * np.abs(dy), (x,), seed=seed).stage == 4
+
+
+def test_arrays_in_nested_configuration_are_copied_and_cast():
+    class Mask(NamedTuple):
+        kept: np.ndarray
+
+    mask = Mask(rng.standard_normal(4))
+    forward = lambda x, *, mask, more: (x * mask.kept * more[0], mask.kept * more[0])
+    gradcheck(forward, lambda dy, scale: dy * scale, (x,), {"mask": mask, "more": [np.ones(4)]})
+    assert mask.kept.flags.writeable
+
+
+def test_an_empty_argument_is_named():
+    with pytest.raises(TypeError, match=r"x has shape \(0, 4\)"):
+        gradcheck(gain_forward, gain_backward, (np.zeros((0, 4)), g))
 
 
 def test_stage_4_repeatable():
