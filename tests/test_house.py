@@ -227,3 +227,15 @@ def test_the_readme_tree_names_every_file():
     readme = read("README.md")
     for path in FILES:
         assert re.search(rf"^[ │├└─]*{re.escape(path.name)}\s", readme, re.M), f"README.md: the tree has no line for {path}"
+
+
+def test_the_python_of_the_readme_runs():
+    fences = re.findall(r"^```python\n(.*?)^```$", read("README.md"), re.M | re.S)
+    assert fences
+    for code in fences:
+        exec(compile(code, "README.md", "exec"), {"__name__": "fence"})
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#\s]+)\)", read("README.md")):
+        assert (ROOT / link).exists(), link
