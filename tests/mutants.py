@@ -81,7 +81,11 @@ def _sites(function):
     dy = function.args.args[0].arg
     body = function.body[1:] if ast.get_docstring(function) else function.body
 
+    parent = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
+
     for index, node in enumerate(ast.walk(function)):
+        if _only_shape_or_dtype(node, parent):
+            continue
         if any(node is g for g in gradients):
             yield from (("scale", index, _expr(f"{t} * ({ast.unparse(node)})")) for t in ("2.0", "0.5"))
             yield "sign", index, _expr(f"-({ast.unparse(node)})")
@@ -134,6 +138,16 @@ def _sites(function):
             yield "constant", index, ast.Constant(0 if node.value else 2)
         if any(node is statement for statement in body) and isinstance(node, ast.Assign) and _computes(node):
             yield "in place", index, ast.If(ast.Constant(True), [ast.parse(f"{dy} *= 1.0").body[0], node], [])
+
+
+def _only_shape_or_dtype(node, parent):
+    """An operand of which only shape or dtype is read, or the -1 of a reshape: an edit here changes no number."""
+    above = parent.get(node)
+    if isinstance(above, ast.Attribute) and above.attr in ("shape", "dtype", "size"):
+        return True
+    if isinstance(above, ast.Call) and ast.unparse(above.func) == "np.empty_like":
+        return True
+    return isinstance(above, ast.UnaryOp) and ast.unparse(getattr(parent[above], "func", above)).endswith(".reshape")
 
 
 def _computes(node):

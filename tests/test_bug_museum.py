@@ -7,6 +7,23 @@ import pytest
 from tests.house import plant
 
 BUGS = {
+    "7 scores scaled by the latent's size": (
+        "minideepseek/attention/mla.py", "heads_first(v, H), scale=scale)", "heads_first(v, H), scale=(c_kv.shape[-1] + k_raw.shape[-1]) ** -0.5)"),
+    "8 the key with position is not summed over heads": (
+        "minideepseek/attention/mla.py", "dk[..., N:].sum(axis=1)[:, :, None]", "dk[:, 0, :, None, N:]"),
+    "9 no norm on the key-value latent": (
+        "minideepseek/attention/mla.py", "linear_forward(c_kv, W_UV, gemm=gemm)", "linear_forward(c_kv_raw, W_UV, gemm=gemm)"),
+    "11 the query latent skipped": (
+        "minideepseek/attention/mla.py", "c_q, cache.norm_q = rmsnorm_forward(c_q_raw, g_q, eps=eps)", "c_q, cache.norm_q = c_q_raw, rmsnorm_forward(c_q_raw, g_q, eps=eps)[1]"),
+    "13 pairs mixed up": (
+        "minideepseek/attention/rope.py", "(x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])",
+        "(x[..., :half], x[..., half:]) if interleaved else (x[..., 0::2], x[..., 1::2])"),
+    "15 ramp bounds without floor and ceil": (
+        "minideepseek/attention/yarn.py", "max(math.floor(pair_that_turns(beta_fast)), 0)", "max(pair_that_turns(beta_fast), 0)"),
+    "15 mscale applied once": (
+        "minideepseek/attention/yarn.py", "temperature(factor, mscale) ** 2 /", "temperature(factor, mscale) /"),
+    "16 the mask forgets the cached keys": (
+        "minideepseek/attention/causal.py", "np.arange(T)[:, None] + (S - T)", "np.arange(T)[:, None]"),
     "33 in-place += on a gradient two parents share": (
         "minideepseek/autograd/tape.py",
         "                    grads[x] = np.asarray(grads[x] + dx) if x in grads else dx   # never +=: the array may be shared",

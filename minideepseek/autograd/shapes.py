@@ -46,7 +46,7 @@ class ShapeLine:
 
     def __init__(self, function):
         doc = inspect.getdoc(function) or ""
-        lines = [" ".join(part.split()) for part in doc.split("\n\n") if "->" in part]
+        lines = [" ".join(part.split()) for part in doc.split("\n\n") if "->" in part and ITEM.match(part)]
         if not lines:
             raise TypeError(f"{function.__name__}: the docstring has no shape line 'x: (..., D)   ->   y: (..., D)'")
         before, after = lines[0].split("->")
