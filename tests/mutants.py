@@ -145,7 +145,7 @@ def _only_shape_or_dtype(node, parent):
     above = parent.get(node)
     if isinstance(above, ast.Attribute) and above.attr in ("shape", "dtype", "size"):
         return True
-    if isinstance(above, ast.Call) and ast.unparse(above.func) == "np.empty_like":
+    if "np.empty_like" in (ast.unparse(getattr(n, "func", n)) for n in (above, node) if isinstance(n, ast.Call)):
         return True
     return isinstance(above, ast.UnaryOp) and ast.unparse(getattr(parent[above], "func", above)).endswith(".reshape")
 

@@ -24,6 +24,19 @@ BUGS = {
         "minideepseek/attention/yarn.py", "temperature(factor, mscale) ** 2 /", "temperature(factor, mscale) /"),
     "16 the mask forgets the cached keys": (
         "minideepseek/attention/causal.py", "np.arange(T)[:, None] + (S - T)", "np.arange(T)[:, None]"),
+    "18 the selection bias added to the gates": (
+        "minideepseek/moe/router.py", "picked = np.take_along_axis(score, chosen, axis=-1)",
+        "picked = np.take_along_axis(score if b_select is None else score + b_select, chosen, axis=-1)"),
+    "21 group score of V2 used for V3": (
+        "minideepseek/moe/router.py", 'n_best = 2 if scoring == "sigmoid" else 1', "n_best = 1"),
+    "21 masked groups set to 0 instead of -inf": (
+        "minideepseek/moe/router.py", "np.where(kept[:, :, None], groups, -np.inf)", "np.where(kept[:, :, None], groups, 0)"),
+    "22 the scaling factor forgotten": (
+        "minideepseek/moe/router.py", "gate = share * scaling", "gate = share * 1.0"),
+    "22 the scaling factor applied before normalising": (
+        "minideepseek/moe/router.py", "picked = np.take_along_axis(score, chosen, axis=-1) ", "picked = scaling * np.take_along_axis(score, chosen, axis=-1); scaling = 1.0 "),
+    "25 the layer adds the residual that the block adds too": (
+        "minideepseek/moe/deepseek_moe.py", "        y = y + y_shared ", "        y = x + y + y_shared "),
     "33 in-place += on a gradient two parents share": (
         "minideepseek/autograd/tape.py",
         "                    grads[x] = np.asarray(grads[x] + dx) if x in grads else dx   # never +=: the array may be shared",

@@ -25,7 +25,7 @@ def causal_attention_forward(q, k, v, *, scale):
 
     q: (B, H, T, K)   k: (B, H, S, K)   v: (B, H, S, V)   ->   o: (B, H, T, V)
 
-    scale: multiplies the scores, 1 / sqrt(K) as a rule. A query that sees no key gets zeros.
+    scale: multiplies the scores, 1 / sqrt(K) as a rule. S is at least 1. A query that sees no key gets zeros.
     Source: DeepSeek-V3, arXiv:2412.19437, eq. 10.
     """
     T, S = q.shape[2], k.shape[2]

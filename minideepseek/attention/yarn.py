@@ -17,6 +17,7 @@ def yarn_range(R, base, original, beta_fast=32.0, beta_slow=1.0):
 
     A pair that turns more than beta_fast times within `original` positions is left alone, one that turns less than
     beta_slow times is stretched in full.
+    With an original length of a few tokens hi falls below lo; the public code then stretches nothing, and so do we.
     """
     def pair_that_turns(n):
         return R * math.log(original / (2 * math.pi * n)) / (2 * math.log(base))        # eq. 1

@@ -33,8 +33,13 @@ def test_factor_one_is_plain_rope():
 
 
 def test_a_ramp_of_no_width_stays_finite():
-    theta = yarn_frequencies(4, factor=8, original=4, beta_fast=1, beta_slow=1)
+    theta = yarn_frequencies(4, factor=8, original=2 * math.pi, beta_fast=1, beta_slow=1)
     assert np.isfinite(theta).all() and (theta <= frequencies(4)).all()
+
+
+def test_an_original_length_of_a_few_tokens_stretches_nothing_as_in_the_public_code():
+    assert yarn_range(64, 10_000, 4) == (0, -1)
+    assert (yarn_frequencies(64, factor=8, original=4) == frequencies(64)).all()
 
 
 @pytest.mark.parametrize("options, message", [
