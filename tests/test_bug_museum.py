@@ -36,7 +36,7 @@ BUGS = {
     "22 the scaling factor applied before normalising": (
         "minideepseek/moe/router.py", "picked = np.take_along_axis(score, chosen, axis=-1) ", "picked = scaling * np.take_along_axis(score, chosen, axis=-1); scaling = 1.0 "),
     "25 the layer adds the residual that the block adds too": (
-        "minideepseek/moe/deepseek_moe.py", "        y = y + y_shared ", "        y = x + y + y_shared "),
+        "minideepseek/moe/deepseek_moe.py", "        y = y_routed + y_shared ", "        y = x + y_routed + y_shared "),
     "33 in-place += on a gradient two parents share": (
         "minideepseek/autograd/tape.py",
         "                    grads[x] = np.asarray(grads[x] + dx) if x in grads else dx   # never +=: the array may be shared",

@@ -10,9 +10,13 @@ from tests.mutants import PLAIN_SCALINGS, cases, killed_by, mutants
 ONE_AXIS = "the transpose of an array of one axis is itself"
 COPIES = "both are copies of dy"
 _mla = "return (dx, dW_DQ, dg_q, dW_UQ, dW_QR, dW_DKV, dW_KR, dg_kv, dW_UK, dW_UV, dW_O)"
+_shared = """if hasattr(cache, 'shared'):
+    dx_shared, dW_shared_gate, dW_shared_up, dW_shared_down = swiglu_backward(dy, cache.shared)
+    dx = dx_routed + dx_shared"""
 EQUIVALENT = {
     ("add", "swap", "(dx, dr) -> (dr, dx)  in  return (dx, dr)"): COPIES,
     ("add", "wrong variable", "dy -> dx  in  dr = dy.copy()"): COPIES,
+    ("deepseek_moe", "wrong variable", f"dx_routed -> dx  in  {_shared}"): "one array under two names",
     ("layernorm", "transpose", "dg -> dg.T  in  return (dx, dg, db)"): ONE_AXIS,
     ("layernorm", "transpose", "db -> db.T  in  return (dx, dg, db)"): ONE_AXIS,
     ("linear", "wrong variable", "dy2d -> dy  in  dx = gemm(dy2d, W.T, role='dx').reshape(x.shape)"):

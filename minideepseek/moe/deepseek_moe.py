@@ -42,10 +42,11 @@ def deepseek_moe_forward(x, W_router, W_gate, W_up, W_down, W_shared_gate, W_sha
     """
     cache = SimpleNamespace()
     (gate, chosen), cache.router = router_forward(x, W_router, top_k=top_k, **routing)                  # eq. 1
-    y, cache.experts = experts_forward(x, gate, chosen, W_gate, W_up, W_down, gemm=gemm)                # (..., D)   # eq. 2
+    y_routed, cache.experts = experts_forward(x, gate, chosen, W_gate, W_up, W_down, gemm=gemm)         # (..., D)   # eq. 2
+    y = y_routed
     if W_shared_gate is not None:
         y_shared, cache.shared = swiglu_forward(x, W_shared_gate, W_shared_up, W_shared_down, gemm=gemm)    # (..., D)   # eq. 3
-        y = y + y_shared                                                                                # (..., D)   # eq. 4
+        y = y_routed + y_shared                                                                         # (..., D)   # eq. 4
     return (y, chosen), cache
 
 
@@ -53,11 +54,12 @@ def deepseek_moe_backward(dy, cache):
     """The forward read from the bottom up. x fed the experts, the router and the shared expert: three roads meet in dx."""
     dx_experts, dgate, _, dW_gate, dW_up, dW_down = experts_backward(dy, cache.experts)                 # (..., D)   # eq. 5
     dx_router, dW_router = router_backward(dgate, cache.router)                                         # (..., D) (D, E)   # eq. 6
-    dx = dx_experts + dx_router                        # x fed both: add                                # (..., D)   # eq. 7
+    dx_routed = dx_experts + dx_router                 # x fed both: add                                # (..., D)   # eq. 7
+    dx = dx_routed
     dW_shared_gate = dW_shared_up = dW_shared_down = None
     if hasattr(cache, "shared"):
         dx_shared, dW_shared_gate, dW_shared_up, dW_shared_down = swiglu_backward(dy, cache.shared)     # (..., D) (D, L) (D, L) (L, D)   # eq. 8
-        dx = dx + dx_shared                            # and the shared expert                          # (..., D)   # eq. 9
+        dx = dx_routed + dx_shared                     # and the shared expert                          # (..., D)   # eq. 9
     return dx, dW_router, dW_gate, dW_up, dW_down, dW_shared_gate, dW_shared_up, dW_shared_down
 
 

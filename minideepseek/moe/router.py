@@ -32,14 +32,15 @@ def choose(score, b_select, *, top_k, n_groups, n_groups_kept, scoring):
     score: (M, E)   b_select: (E,) or None   ->   chosen: int (M, top_k), best first
     """
     biased = score if b_select is None else score + b_select                    # (M, E)      # eq. 3
+    reachable = biased                                                          # (M, E)
     if n_groups > 1:
         M, E = score.shape
         groups = biased.reshape(M, n_groups, E // n_groups)                     # (M, J, E/J)
         group_score = group_scores(biased, n_groups, scoring)                   # (M, J)
         kept = np.zeros(group_score.shape, bool)                                # (M, J)
         np.put_along_axis(kept, best(group_score, n_groups_kept), True, axis=-1)
-        biased = np.where(kept[:, :, None], groups, -np.inf).reshape(M, E)      # (M, E)      # eq. 5
-    return best(biased, top_k)                                                  # eq. 6
+        reachable = np.where(kept[:, :, None], groups, -np.inf).reshape(M, E)   # (M, E)      # eq. 5
+    return best(reachable, top_k)                                               # eq. 6
 
 
 def router_forward(x, W_router, *, top_k, b_select=None, scoring="sigmoid", n_groups=1, n_groups_kept=1,
@@ -68,9 +69,8 @@ def router_backward(dgate, cache):
     """Through the weights, never through the choice: an expert that was not chosen hears nothing from a sigmoid."""
     linear_cache, x_shape, score, chosen, share, total, scoring, normalise, scaling = cache
     dshare = dgate.reshape(share.shape) * scaling                                                       # (M, K)   # eq. 11
-    if normalise:
-        dshare = dshare - np.sum(dshare * share, axis=-1, keepdims=True)                                # (M, K)   # eq. 12
-    dpicked = dshare / total                                                                            # (M, K)   # eq. 13
+    common = np.sum(dshare * share, axis=-1, keepdims=True) if normalise else 0.0                       # (M, 1)   # eq. 12
+    dpicked = (dshare - common) / total     # as numerator, and through the total                      # (M, K)   # eq. 13
     dscore = np.zeros_like(score)                                                                       # (M, E)
     np.put_along_axis(dscore, chosen, dpicked, axis=-1)                                                 # eq. 14
     if scoring == "sigmoid":

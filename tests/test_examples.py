@@ -1,0 +1,24 @@
+"""The examples run, from another folder and uninstalled; and the recipe of the first step-through holds."""
+import subprocess
+import sys
+
+from tests.house import ROOT
+
+STEP = ROOT / "examples/step_through_backward.py"
+
+
+def test_step_through_backward_runs_from_anywhere(tmp_path):
+    run = subprocess.run([sys.executable, str(STEP)], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(op in run.stdout for op in ("rmsnorm", "swiglu", "add", "linear", "cross_entropy", "|dW_gate|"))
+
+
+def test_the_recipe_in_its_docstring_works_in_pdb(tmp_path):
+    recipe = STEP.read_text(encoding="utf-8").split("at the (Pdb) prompt:")[1].split("Questions")[0]
+    commands = [line.strip().split("   ")[0] for line in recipe.splitlines() if line.strip()]
+    assert commands[0] == "tbreak main" and "b rmsnorm_backward" in commands and commands[-1] == "q"
+    commands = [c for command in commands for c in ([command] * 3 if command == "n" else [command])]
+    run = subprocess.run([sys.executable, "-m", "pdb", str(STEP)], cwd=tmp_path, input="\n".join(commands) + "\n",
+                         capture_output=True, text=True)
+    assert "Error" not in run.stdout and "***" not in run.stdout, run.stdout
+    assert "(4, 6)" in run.stdout and "('rmsnorm'," in run.stdout and "# eq. 6" in run.stdout
