@@ -74,9 +74,14 @@ def _unit_vectors(size):
 def _evaluate(forward, args, config):
     """-> all floating outputs in one vector, and the bytes of the integer ones."""
     output, _ = forward(*args, **(config or {}))
-    outputs = [np.asarray(y) for y in (output if isinstance(output, tuple) else (output,))]
+    outputs = output_arrays(output)
     floats = [y.reshape(-1) for y in outputs if floating(y)]
     return np.concatenate(floats), [y.tobytes() for y in outputs if not floating(y)]
+
+
+def output_arrays(output):
+    """What a forward returned, one output or a tuple of several, as a list of arrays."""
+    return [np.asarray(y) for y in (output if isinstance(output, tuple) else (output,))]
 
 
 def floating(array):

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 from minideepseek.autograd.causes import likely_cause
-from minideepseek.autograd.finite_differences import GradcheckError, finite_differences, floating
+from minideepseek.autograd.finite_differences import GradcheckError, finite_differences, floating, output_arrays
 
 TOLERANCE = 1e-7         # of the scale of each argument; correct code measures about 1e-12
 
@@ -68,7 +68,7 @@ class _Call:
         if not (isinstance(returned, tuple) and len(returned) == 2):
             self.fail(2, f"the forward must return (output, cache), it returned {type(returned).__name__}")
         output, cache = returned
-        outputs = [np.asarray(y) for y in (output if isinstance(output, tuple) else (output,))]
+        outputs = output_arrays(output)
         return [y for y in outputs if floating(y)], outputs, _read_only(cache, copy=False)
 
     def run_backward(self, dy):
@@ -276,12 +276,19 @@ def _map_arrays(function, tree):
     return tree
 
 
-def report(forward, backward, examples, seed=0):
-    """Check every case of a component, print the worst error per argument, and return {argument: error}."""
+def worst_errors(forward, backward, examples, seeds=(0,)):
+    """Check every case of a component at every seed; return {argument: worst error / scale}."""
     worst = {}
-    for args, config in examples(np.random.default_rng(seed)).values():
-        for name, error in gradcheck(forward, backward, args, config, seed=seed).items():
-            worst[name] = max(error, worst.get(name, 0.0))
+    for seed in seeds:
+        for args, config in examples(np.random.default_rng(seed)).values():
+            for name, error in gradcheck(forward, backward, args, config, seed=seed).items():
+                worst[name] = max(error, worst.get(name, 0.0))
+    return worst
+
+
+def report(forward, backward, examples):
+    """Check every case of a component, print the worst error per argument, and return {argument: error}."""
+    worst = worst_errors(forward, backward, examples)
     name = forward.__name__.removesuffix("_forward")
     print(f"gradients {name}: " + "  ".join(f"d{name} {error:.0e}" for name, error in worst.items()))
     return worst

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minideepseek.autograd.gradcheck import GradcheckError, gradcheck, where_derived
+from minideepseek.autograd.finite_differences import GradcheckError, output_arrays
+from minideepseek.autograd.gradcheck import where_derived, worst_errors
 from minideepseek.classroom.blank import ExerciseError, find, read
 from minideepseek.classroom.components import PACKAGE, components, page_of
 
@@ -26,7 +27,7 @@ def check_all():
     print(f"{'component':14s} worst error of each gradient, relative to its scale (tolerance 1e-07, {len(SEEDS)} seeds)")
     for component in components():
         try:
-            errors = _worst_errors(component, component.forward, component.backward)
+            errors = worst_errors(component.forward, component.backward, component.examples, SEEDS)
             print(f"{component.name:14s} " + "  ".join(f"d{name} {error:.0e}" for name, error in errors.items()))
         except GradcheckError as error:
             wrong += 1
@@ -42,7 +43,8 @@ def check_file(file):
     """
     path = find(file)
     source, names = read(path)
-    references = {c.name: c for c in components() if c.path == _reference(path, source)}
+    reference = _reference(path, source)
+    references = {c.name: c for c in components() if c.path == reference}
     unknown = [name for name in names if name not in references]
     if unknown:
         raise ExerciseError(f"{path}: {', '.join(unknown)}: the reference has no such component, only {', '.join(references)}")
@@ -89,7 +91,7 @@ def _verdict(reference, module, name, part):
             _compare_values(reference, forward)
         except Exception:
             forward = reference.forward          # the student's own is not right yet: judge the backward on the reference's
-        errors = _worst_errors(reference, forward, backward)
+        errors = worst_errors(forward, backward, reference.examples, SEEDS)
         return "right: " + "  ".join(f"d{name} {error:.0e}" for name, error in errors.items())
     except NotImplementedError as error:
         return f"not written yet: {error}"
@@ -111,7 +113,7 @@ def _compare_values(reference, forward):
         returned = forward(*[np.copy(a) if isinstance(a, np.ndarray) else a for a in args], **config)
         if not (isinstance(returned, tuple) and len(returned) == 2):
             raise ExerciseError(f"case '{case}': it must return (output, cache), it returned {type(returned).__name__}")
-        for y, y_right in zip(_outputs(returned[0]), _outputs(expected), strict=True):
+        for y, y_right in zip(output_arrays(returned[0]), output_arrays(expected), strict=True):
             if y.shape != y_right.shape:
                 raise ExerciseError(f"case '{case}': the output has shape {y.shape}, expected {y_right.shape}")
             error = np.abs(y - y_right)
@@ -123,23 +125,10 @@ def _compare_values(reference, forward):
     return largest
 
 
-def _worst_errors(reference, forward, backward):
-    worst = {}
-    for seed in SEEDS:
-        for args, config in reference.examples(np.random.default_rng(seed)).values():
-            for name, error in gradcheck(forward, backward, args, config, seed=seed).items():
-                worst[name] = max(error, worst.get(name, 0.0))
-    return worst
-
-
 def _cases(reference):
     for seed in SEEDS:
         for case, (args, config) in reference.examples(np.random.default_rng(seed)).items():
             yield case, args, config
-
-
-def _outputs(output):
-    return [np.asarray(y) for y in (output if isinstance(output, tuple) else (output,))]
 
 
 def demo():
