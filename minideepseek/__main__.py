@@ -1,9 +1,11 @@
-"""The command line: python -m minideepseek blank | check."""
+"""The command line: python -m minideepseek blank | check | parity."""
 import argparse
 import sys
 
 from minideepseek.classroom.blank import ExerciseError, blank
 from minideepseek.classroom.check import check_all, check_file
+from minideepseek.interop import parity
+from minideepseek.interop.safetensors import CheckpointError
 
 FIRST_COMMANDS = """\
 minideepseek: DeepSeek-V3 in plain NumPy, every backward pass by hand. Three commands to begin with:
@@ -24,6 +26,9 @@ def main(argv=None):
     blank_parser.add_argument("--out", help="where to write it; default: <name>_exercise.py here")
     check_parser = commands.add_parser("check", help="check a component or an exercise; without a file, all components")
     check_parser.add_argument("file", nargs="?")
+    parity_parser = commands.add_parser("parity", help="compare a checkpoint folder with the golden.npz in it")
+    parity_parser.add_argument("folder")
+    parity_parser.add_argument("--every", action="store_true", help="a line for every gradient")
     options = parser.parse_args(argv)
     try:
         if options.command == "blank":
@@ -31,9 +36,11 @@ def main(argv=None):
             print(f"{out}: write {' and '.join(functions)}, then run: python -m minideepseek check {out}")
         elif options.command == "check":
             return check_file(options.file) if options.file else check_all()
+        elif options.command == "parity":
+            return parity.report(options.folder, every=options.every)
         else:
             print(FIRST_COMMANDS, end="")
-    except (ExerciseError, OSError) as error:
+    except (ExerciseError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -24,7 +24,7 @@ class GradcheckError(AssertionError):
 
 class Slopes(NamedTuple):
     """Finite differences of all outputs with respect to one argument."""
-    directions: np.ndarray | None    # (10, size): random directions; None: one row per entry
+    directions: np.ndarray | None    # (10, size): random, of length 1; None: one row per entry
     rows: np.ndarray                 # (size or 10, outputs): row i is dy/dx_i, or dy along direction i
 
 
@@ -40,7 +40,7 @@ def finite_differences(forward, args, config=None, *, seed=0):
     slopes = {}
     for i in floats:
         x = args[i]
-        directions = None if every_entry else rng.standard_normal((10, x.size))
+        directions = None if every_entry else _random_directions(rng, x.size)
         rms = math.sqrt(np.mean(np.square(x))) if x.size else 0.0
         h = STEP * min(1.0, rms or 1.0)
 
@@ -62,6 +62,12 @@ def finite_differences(forward, args, config=None, *, seed=0):
         if not np.isfinite(slopes[i].rows).all():
             raise GradcheckError("the forward gives nan or inf near this input", 5)
     return slopes
+
+
+def _random_directions(rng, size):
+    """Ten of length 1: a step along one of them is as long as a step of a single entry, so it curves as little."""
+    directions = rng.standard_normal((10, size))
+    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
 
 
 def _unit_vectors(size):

@@ -48,19 +48,28 @@ def unflatten(flat, like):
     return _rebuild(like, leaves)
 
 
-def tensors(weights):
-    """The same tree with every array as a Tensor that carries its name."""
-    return unflatten({name: Tensor(_array(leaf), name) for name, leaf in flatten(weights).items()}, weights)
+def tensors(weights, *, constant=()):
+    """The same tree with every array as a Tensor that carries its name.
+
+    constant: fields, by the last part of their name, that stay plain arrays: state that no gradient ever changes.
+    """
+    return unflatten({name: _array(leaf) if name.split(".")[-1] in constant else Tensor(_array(leaf), name)
+                      for name, leaf in flatten(weights).items()}, weights)
+
+
+def arrays(weights):
+    """The same tree with plain arrays: the inverse of `tensors`. Nothing is copied."""
+    return unflatten({name: _array(leaf) for name, leaf in flatten(weights).items()}, weights)
 
 
 def gradients(weights):
-    """{name: gradient} of a tree of Tensors; zeros where nothing reached a weight."""
-    return {name: np.zeros_like(t.data) if t.grad is None else t.grad for name, t in flatten(weights).items()}
+    """{name: gradient} of the Tensors of a tree; zeros where nothing reached a weight."""
+    return {name: np.zeros_like(t.data) if t.grad is None else t.grad for name, t in _trained(weights).items()}
 
 
 def zero_grads(weights):
     """Forget the gradients, so that the next tape starts afresh."""
-    for tensor in flatten(weights).values():
+    for tensor in _trained(weights).values():
         tensor.grad = None
 
 
@@ -72,6 +81,15 @@ def count(weights):
 def nbytes(weights):
     """How many bytes the arrays of the tree take."""
     return sum(_array(leaf).nbytes for leaf in flatten(weights).values())
+
+
+def outline(*shape):
+    """An array that has a shape and no memory (every entry is the same zero): the stuff of a tree that only gives form."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+def _trained(weights):
+    return {name: leaf for name, leaf in flatten(weights).items() if isinstance(leaf, Tensor)}
 
 
 def _array(leaf):

@@ -6,6 +6,7 @@ if not __package__:  # run as a script: take the package from this repository, a
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit as sigmoid
@@ -13,6 +14,13 @@ from scipy.special import expit as sigmoid
 from minideepseek.autograd.gradcheck import report
 from minideepseek.autograd.tape import op
 from minideepseek.basics.linear import linear_backward, linear_forward, matmul
+
+
+class SwiGLUWeights(NamedTuple):
+    """The weights in the order of swiglu's arguments."""
+    W_gate: np.ndarray   # (D, F)
+    W_up: np.ndarray     # (D, F)
+    W_down: np.ndarray   # (F, D)
 
 
 def silu_mul_forward(a, b):
