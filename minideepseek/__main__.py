@@ -26,16 +26,17 @@ def main(argv=None):
     blank_parser.add_argument("--out", help="where to write it; default: <name>_exercise.py here")
     check_parser = commands.add_parser("check", help="check a component or an exercise; without a file, all components")
     check_parser.add_argument("file", nargs="?")
-    parity_parser = commands.add_parser("parity", help="compare a checkpoint folder with the golden.npz in it")
-    parity_parser.add_argument("folder")
-    parity_parser.add_argument("--every", action="store_true", help="a line for every gradient")
+    check_parser.add_argument("--seeds", type=int, default=3, help="how many random draws of every case, for the table of all components")
+    parity_parser = commands.add_parser("parity", help="compare checkpoint folders with the golden.npz in each")
+    parity_parser.add_argument("folder", nargs="+")
+    parity_parser.add_argument("--every", action="store_true", help="a line for every comparison")
     options = parser.parse_args(argv)
     try:
         if options.command == "blank":
             out, functions = blank(options.file, options.function, options.out)
             print(f"{out}: write {' and '.join(functions)}, then run: python -m minideepseek check {out}")
         elif options.command == "check":
-            return check_file(options.file) if options.file else check_all()
+            return check_file(options.file) if options.file else check_all(range(options.seeds))
         elif options.command == "parity":
             return parity.report(options.folder, every=options.every)
         else:

@@ -7,6 +7,7 @@ if not __package__:  # run as a script: take the package from this repository, a
 
 import importlib.util
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -21,13 +22,13 @@ SEEDS = (0, 1, 2)
 SAME = 1e-12             # a forward is right when it differs from the reference by at most this, relative to the largest value
 
 
-def check_all():
+def check_all(seeds=SEEDS):
     """Print the worst gradient error of every component, per argument; return 0 when all are right, else 1."""
     wrong = 0
-    print(f"{'component':14s} worst error of each gradient, relative to its scale (tolerance 1e-07, {len(SEEDS)} seeds)")
+    print(f"{'component':14s} worst error of each gradient, relative to its scale (tolerance 1e-07, {len(seeds)} seeds)")
     for component in components():
         try:
-            errors = worst_errors(component.forward, component.backward, component.examples, SEEDS)
+            errors = worst_errors(component.forward, component.backward, component.examples, seeds)
             print(f"{component.name:14s} " + "  ".join(f"d{name} {error:.0e}" for name, error in errors.items()))
         except GradcheckError as error:
             wrong += 1
@@ -132,10 +133,15 @@ def _cases(reference):
 
 
 def demo():
-    """The table of all components."""
-    wrong = check_all()
-    print("claim: every gradient of the package is right:", not wrong)
-    assert not wrong
+    """One component as it stands, and the same file with a sign changed."""
+    wrong_before = check_file("residual")
+    source = find("residual").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        spoilt = Path(folder, "residual_exercise.py")
+        spoilt.write_text(source.replace("dr = dy.copy()", "dr = -dy"), encoding="utf-8")
+        wrong_after = check_file(spoilt)
+    print(f"claim: the component is right, its copy with one sign changed is not: {(wrong_before, wrong_after) == (0, 1)}")
+    assert (wrong_before, wrong_after) == (0, 1)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""The safetensors format, read by hand: a length, a JSON header, and the bytes of every tensor, mapped into memory.
+"""The safetensors format, read and written by hand: a length, a JSON header, and the bytes of every tensor.
 
 Derivation: whiteboard/interop/safetensors.md     Source: the format's description, github.com/huggingface/safetensors
 """
 if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
+import contextlib
 import json
 import math
 import mmap
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -86,6 +88,54 @@ def open_folder(folder):
     stray = [f"{name} in {shard}" for shard, tensors in shards.items() for name in tensors if home.get(name) != shard]
     _rule(not stray, index, f"does not name tensors the shards hold: {', '.join(sorted(stray))}")
     return _Shards(shards, home)
+
+
+def write(path, tensors, metadata=None):
+    """Write {name: array} as one file, whole or not at all: to a temporary file beside it, flushed to disk, then renamed.
+
+    metadata: {name: text}. Raises ValueError for a dtype the format does not have; OSError (a full disk) after removing
+    the temporary file: what stood at `path` before still stands.
+    """
+    path, names = Path(path), {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+    for name, array in tensors.items():
+        if array.dtype not in names:
+            raise ValueError(f"{name} is of dtype {array.dtype}, which safetensors does not have")
+        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header, ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)                               # so that the tensors begin at a multiple of eight
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).tobytes())
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder):
+    """Make renames in a folder outlive a power cut, where the system can open folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 class _Shards(Mapping):

@@ -60,6 +60,8 @@ class Config:
     balance: str = "bias"
 
     n_mtp: int = 1                     # multi-token-prediction modules
+    mtp_embedding_first: bool = True   # their projection reads [embedding; hidden], as public checkpoints do; the paper's order: False
+    mtp_reads_normed: bool = True      # a module reads the previous hidden state after its final norm, as the public code does
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -19,6 +19,7 @@ from minideepseek.basics.linear import linear, matmul
 from minideepseek.basics.rmsnorm import rmsnorm
 from minideepseek.model.block import CONSTANT, BlockWeights, block, block_outline, position_tables
 from minideepseek.model.config import Config
+from minideepseek.model.mtp import MTPWeights, mtp_module, mtp_outline
 
 IGNORE = -100            # a target of this value does not count
 
@@ -29,13 +30,30 @@ class ModelWeights(NamedTuple):
     layers: tuple[BlockWeights, ...]
     g_final: np.ndarray                  # (D,)
     W_head: np.ndarray                   # (D, U)
+    mtp: tuple[MTPWeights, ...] = ()     # multi-token-prediction modules
 
 
 class Output(NamedTuple):
-    """What one forward gives."""
+    """What one forward of the main model gives."""
     logits: Tensor                       # (B, T, U)   position i predicts token i+1
-    hidden: Tensor                       # (B, T, D)   after the final norm, what the head reads
+    stream: Tensor                       # (B, T, D)   before the final norm
+    hidden: Tensor                       # (B, T, D)   after it: what the head reads
     chosen: tuple                        # of each layer: (B, T, top_k) int, or None when it is dense
+
+
+class Losses(NamedTuple):
+    """Mean cross entropies in nats per token: scalar Tensors, one for the main model and one for each module."""
+    main: Tensor
+    mtp: tuple
+    out: Output
+    predictions: tuple                   # of the modules, see mtp.Prediction
+
+    def seeds(self, mtp_weight):
+        """What `Tape.backward` wants: the gradient of main + mtp_weight * (mean of the modules' losses).
+
+        Source: DeepSeek-V3, arXiv:2412.19437, eq. 25.
+        """
+        return {self.main: 1.0} | {loss: mtp_weight / len(self.mtp) for loss in self.mtp}
 
 
 def transformer(ids, weights, config, *, gemm=matmul):
@@ -56,15 +74,43 @@ def transformer(ids, weights, config, *, gemm=matmul):
         chosen.append(choice)
     hidden = rmsnorm(x, weights.g_final, eps=config.eps)                                                            # eq. 3
     logits = linear(hidden, weights.W_head)                                                                         # eq. 4
-    return Output(logits, hidden, tuple(chosen))
+    return Output(logits, x, hidden, tuple(chosen))
 
 
-def next_token_loss(ids, targets, weights, config, *, gemm=matmul):
-    """Mean cross entropy of the targets, in nats per token: a scalar Tensor.
+def predict_further(out, ids, weights, config, *, gemm=matmul):
+    """The modules' predictions after a forward of the main model: a tuple of mtp.Prediction.
 
-    ids, targets: (B, T) int; a target of IGNORE does not count. For plain text: `next_token_targets(ids)`.
+    Module k (0-based) at position i reads the state before it and token i+k+1, and predicts token i+k+2: its logits
+    have k + 1 positions less than ids. Each reads the module before it, so the causal chain is kept.
+    Raises ValueError when ids are too short for the modules.
     """
-    return cross_entropy(transformer(ids, weights, config, gemm=gemm).logits, targets, ignore_index=IGNORE)         # eq. 5
+    if ids.shape[1] <= len(weights.mtp):
+        raise ValueError(f"ids has {ids.shape[1]} tokens in a row: {len(weights.mtp)} modules need at least {len(weights.mtp) + 1}")
+    cos, sin = position_tables(config, np.arange(ids.shape[1]), _dtype(weights.E))
+    hidden = out.hidden if config.mtp_reads_normed else out.stream
+    predictions = []
+    for k, module in enumerate(weights.mtp):
+        ahead = ids[:, k + 1:]                                                                                      # eq. 5
+        T = ahead.shape[1]
+        prediction = mtp_module(hidden, ahead, module, weights.E, weights.W_head, config, cos[:T], sin[:T], gemm=gemm)   # eq. 6
+        hidden = prediction.hidden
+        predictions.append(prediction)
+    return tuple(predictions)
+
+
+def losses(ids, targets, weights, config, *, gemm=matmul):
+    """Every loss of a batch, on the tape: Losses. The sum that is trained: `tape.backward(losses.seeds(mtp_weight))`.
+
+    ids, targets: (B, T) int, targets[:, i] the token after ids[:, i]; a target of IGNORE does not count.
+    The mean of a module's loss is over its own positions, as in the public code; the paper divides by T.
+    Source: DeepSeek-V3, arXiv:2412.19437, eq. 24 and 25.
+    """
+    check_targets(ids, targets, config)
+    out = transformer(ids, weights, config, gemm=gemm)
+    predictions = predict_further(out, ids, weights, config, gemm=gemm)
+    main = cross_entropy(out.logits, targets, ignore_index=IGNORE)                                                  # eq. 7
+    further = [cross_entropy(p.logits, targets[:, k + 1:], ignore_index=IGNORE) for k, p in enumerate(predictions)]     # eq. 8
+    return Losses(main, tuple(further), out, predictions)
 
 
 def next_token_targets(ids):
@@ -88,13 +134,23 @@ def check_ids(ids, config):
         raise ValueError(f"ids{list(where)} = {ids[where]} is not a token: vocab_size = {config.vocab_size}")
 
 
+def check_targets(ids, targets, config):
+    """Raises ValueError unless targets are tokens or IGNORE, in the form of ids."""
+    if not isinstance(targets, np.ndarray) or targets.dtype.kind not in "iu" or targets.shape != np.shape(ids):
+        raise ValueError(f"targets must be integers in the form of ids, {np.shape(ids)}, got {getattr(targets, 'dtype', type(targets).__name__)} {np.shape(targets)}")
+    wrong = (targets != IGNORE) & ((targets < 0) | (targets >= config.vocab_size))
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(f"targets{list(where)} = {targets[where]} is neither a token nor IGNORE = {IGNORE}: vocab_size = {config.vocab_size}")
+
+
 def model_outline(config):
     """All weights as arrays with a shape and no memory: the form of a model of any size."""
     if config.attention != "mla":
         raise NotImplementedError(f"attention = {config.attention!r}: the model is built with 'mla' only")
     D, U = config.d_model, config.vocab_size
     layers = tuple(block_outline(config, dense=i < config.n_dense_layers) for i in range(config.n_layers))
-    return ModelWeights(outline(U, D), layers, outline(D), outline(D, U))
+    return ModelWeights(outline(U, D), layers, outline(D), outline(D, U), tuple(mtp_outline(config) for _ in range(config.n_mtp)))
 
 
 def init(config, rng, *, std=0.006, dtype=np.float32):
@@ -125,11 +181,12 @@ def _dtype(leaf):
 def loss_of_vector(theta, *, ids, config):
     """The whole model as one function of one vector, for gradcheck: all trained weights in a row -> loss, choices.
 
-    theta: (weights,)   ids: (B, T) int   ->   loss: ()   chosen: one (B, T, top_k) for each layer with experts
+    theta: (weights,)   ids: (B, T) int   ->   loss: ()   chosen: one (B, T, top_k) for each block with experts
     """
-    out = transformer(ids, _from_vector(theta, config), config)
-    loss = cross_entropy(out.logits, next_token_targets(ids), ignore_index=IGNORE)
-    return (loss.data, *[choice.data for choice in out.chosen if choice is not None]), (theta, ids, config)
+    found = losses(ids, next_token_targets(ids), _from_vector(theta, config), config)
+    total = sum(seed * loss.data for loss, seed in found.seeds(0.3).items())
+    choices = [*found.out.chosen, *[prediction.chosen for prediction in found.predictions]]
+    return (np.asarray(total, theta.dtype), *[choice.data for choice in choices if choice is not None]), (theta, ids, config)
 
 
 def gradient_of_vector(dloss, cache):
@@ -137,8 +194,8 @@ def gradient_of_vector(dloss, cache):
     theta, ids, config = cache
     weights = trainable(_from_vector(theta, config))
     with Tape() as tape:
-        loss = next_token_loss(ids, next_token_targets(ids), weights, config)
-    tape.backward({loss: dloss})
+        found = losses(ids, next_token_targets(ids), weights, config)
+    tape.backward({loss: seed * dloss for loss, seed in found.seeds(0.3).items()})
     return np.concatenate([gradient.reshape(-1) for gradient in gradients(weights).values()])
 
 
@@ -168,8 +225,9 @@ def demo():
     """Shapes and records, the gradient of all weights at once, and the loss of a model that knows nothing."""
     theta, case = transformer_example(seed=0)
     with Tape() as tape:
-        loss = next_token_loss(case["ids"], next_token_targets(case["ids"]), _from_vector(theta, case["config"]), case["config"])
-    print(f"shapes    ids {case['ids'].shape}, {theta.size} weights in {len(flatten(model_outline(case['config'])))} arrays -> loss {loss.data.shape}")
+        found = losses(case["ids"], next_token_targets(case["ids"]), _from_vector(theta, case["config"]), case["config"])
+    print(f"shapes    ids {case['ids'].shape}, {theta.size} weights in {len(flatten(model_outline(case['config'])))} arrays "
+          f"-> loss {found.main.data.shape} and {len(found.mtp)} of a module")
     print("records   " + ", ".join(record.name for record in tape.records))
     errors = gradcheck(loss_of_vector, gradient_of_vector, (theta,), case)
     print(f"gradients of all weights, along ten random directions: {errors['theta']:.0e}")
@@ -178,7 +236,7 @@ def demo():
                     d_value=8, n_routed=8, top_k=2, d_expert=16, n_groups=1, n_groups_kept=1)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 1000, (4, 32))
-    loss = float(next_token_loss(ids, next_token_targets(ids), init(config, rng), config).data)
+    loss = float(losses(ids, next_token_targets(ids), init(config, rng), config).main.data)
     print(f"claim     a fresh model knows nothing: loss {loss:.3f} nats, ln(1000) = {math.log(1000):.3f}")
     assert abs(loss / math.log(1000) - 1) < 0.02
 

@@ -3,7 +3,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from minideepseek.autograd.params import count, flatten, gradients, nbytes, tensors, unflatten, zero_grads
+from minideepseek.autograd.params import arrays, count, flatten, gradients, nbytes, outline, tensors, unflatten, zero_grads
 from minideepseek.autograd.tape import Tape, Tensor
 from minideepseek.basics.linear import linear
 
@@ -60,3 +60,20 @@ def test_tensors_carry_their_names_and_gradients_come_back_under_them():
     assert (gradients(named)["E"] == 0).all() and gradients(named)["E"].dtype == np.float32
     zero_grads(named)
     assert named.layers[1].W_DQ.grad is None
+
+
+def test_constant_fields_stay_arrays_and_have_no_gradient():
+    class Layer(NamedTuple):
+        W: np.ndarray
+        b_select: np.ndarray
+
+    tree = Layer(np.ones((2, 2)), np.zeros(2))
+    trained = tensors(tree, constant=("b_select",))
+    assert isinstance(trained.W, Tensor) and trained.b_select is tree.b_select
+    assert list(gradients(trained)) == ["W"] and arrays(trained).W is tree.W
+    zero_grads(trained)
+
+
+def test_an_outline_has_a_shape_and_no_memory():
+    huge = outline(10 ** 6, 10 ** 6)
+    assert huge.shape == (10 ** 6, 10 ** 6) and huge.base.size == 1 and count((huge,)) == 10 ** 12

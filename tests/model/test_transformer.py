@@ -1,0 +1,130 @@
+import math
+
+import numpy as np
+import pytest
+
+from minideepseek.autograd.gradcheck import gradcheck
+from minideepseek.autograd.params import count, flatten, nbytes
+from minideepseek.autograd.tape import Tape, Tensor
+from minideepseek.model.config import Config
+from minideepseek.model.transformer import (gradient_of_vector, init, loss_of_vector, model_outline, next_token_loss, next_token_targets,
+                                            trainable, transformer, transformer_example)
+
+SMALL = dict(vocab_size=19, d_model=12, n_layers=3, n_dense_layers=1, d_ff=14, max_positions=16, n_heads=2, q_rank=6, kv_rank=5, d_nope=4,
+             d_rope=2, d_value=3, n_routed=6, top_k=2, d_expert=5, n_groups=3, n_groups_kept=2)
+DENSE = SMALL | {"n_dense_layers": 3}
+
+
+def model(fields, seed=0):
+    config, rng = Config(**fields), np.random.default_rng(seed)
+    return config, init(config, rng, std=0.5, dtype=np.float64), rng.integers(0, config.vocab_size, (3, 7))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_of_the_whole_model_along_ten_random_directions(seed):
+    theta, case = transformer_example(seed)
+    assert theta.size > 2000
+    gradcheck(loss_of_vector, gradient_of_vector, (theta,), case)
+
+
+def test_the_gradient_reaches_every_weight_but_no_bias():
+    config, weights, ids = model(SMALL)
+    trained = trainable(weights)
+    with Tape() as tape:
+        loss = next_token_loss(ids, next_token_targets(ids), trained, config)
+    tape.backward(loss)
+    for name, leaf in flatten(trained).items():
+        if name.endswith("b_select"):
+            assert isinstance(leaf, np.ndarray)
+        else:
+            assert leaf.grad is not None and leaf.grad.any(), name
+
+
+@pytest.mark.parametrize("fields, tolerance", [(DENSE, 0), (SMALL, 1e-12)], ids=["dense, bit for bit", "experts"])
+def test_no_logit_knows_a_later_token(fields, tolerance):
+    config, weights, ids = model(fields)
+    before = transformer(ids, weights, config).logits.data
+    for j in range(1, ids.shape[1]):
+        changed = ids.copy()
+        changed[:, j] = (changed[:, j] + 1) % config.vocab_size
+        after = transformer(changed, weights, config).logits.data
+        assert np.abs(after - before)[:, :j].max() <= tolerance
+        assert (np.abs(after - before)[:, j:].max(axis=(1, 2)) > 1e-6).all()
+
+
+@pytest.mark.parametrize("fields", [DENSE, SMALL], ids=["dense", "experts"])
+def test_a_permuted_batch_gives_permuted_logits(fields):
+    config, weights, ids = model(fields)
+    order = [2, 0, 1]
+    straight, permuted = [transformer(rows, weights, config).logits.data for rows in (ids, ids[order])]
+    np.testing.assert_allclose(permuted, straight[order], rtol=0, atol=1e-12)
+
+
+def test_both_pair_layouts_are_one_model_up_to_a_permutation():
+    """Half-split with the rope columns of every head reordered = interleaved."""
+    config, weights, ids = model(SMALL | {"d_rope": 6})
+    order = np.concatenate([np.arange(0, 6, 2), np.arange(1, 6, 2)])
+    layers = [layer._replace(attention=layer.attention._replace(
+        W_QR=layer.attention.W_QR.reshape(-1, 2, 6)[:, :, order].reshape(-1, 12), W_KR=layer.attention.W_KR[:, order])) for layer in weights.layers]
+    half = Config(**SMALL | {"d_rope": 6, "rope_interleaved": False})
+    np.testing.assert_allclose(transformer(ids, weights._replace(layers=tuple(layers)), half).logits.data,
+                               transformer(ids, weights, config).logits.data, rtol=0, atol=1e-12)
+
+
+def test_two_runs_are_bit_for_bit_equal_and_the_tape_changes_nothing():
+    config, weights, ids = model(SMALL)
+    first = transformer(ids, weights, config).logits.data
+    with Tape():
+        second = transformer(ids, trainable(weights), config).logits.data
+    assert first.tobytes() == second.tobytes()
+
+
+def test_the_last_position_has_no_target():
+    assert next_token_targets(np.array([[3, 4, 5]])).tolist() == [[4, 5, -100]]
+
+
+def test_a_fresh_model_knows_nothing_and_keeps_float32():
+    config, _, ids = model(SMALL | {"vocab_size": 500})
+    weights = init(config, np.random.default_rng(0))
+    loss = next_token_loss(ids, next_token_targets(ids), weights, config)
+    assert loss.data.dtype == np.float32 and abs(loss.data / math.log(500) - 1) < 0.02
+    assert all(leaf.dtype == np.float32 for leaf in flatten(weights).values())
+
+
+def test_the_outline_of_v3_takes_no_memory_and_has_its_671_billion_weights():
+    outline = model_outline(Config())
+    biases = sum(leaf.size for name, leaf in flatten(outline).items() if name.endswith("b_select"))
+    assert count(outline) - biases == 671_026_404_352 and biases == 14_848
+    assert nbytes(outline) > 1e12 and all(leaf.base.size == 1 for leaf in flatten(outline).values())
+
+
+def test_init_is_normal_with_the_given_spread_norms_one_biases_zero():
+    weights = init(Config(**SMALL | {"vocab_size": 2000}), np.random.default_rng(0), std=0.02)
+    assert abs(weights.E.std() / 0.02 - 1) < 0.02 and abs(weights.E.mean()) < 1e-3
+    assert (weights.layers[0].g_ffn == 1).all() and not weights.layers[1].b_select.any()
+
+
+@pytest.mark.parametrize("ids, message", [
+    (np.zeros((0, 4), int), r"ids has shape \(0, 4\): an empty batch"),
+    (np.zeros((2, 0), int), r"ids has shape \(2, 0\): an empty batch"),
+    (np.zeros(4, int), r"ids must be an integer array \(B, T\), got int64 \(4,\)"),
+    (np.zeros((1, 4)), r"ids must be an integer array \(B, T\), got float64"),
+    ([[1, 2]], r"ids must be an integer array \(B, T\), got list"),
+    (np.zeros((1, 17), int), "ids has 17 tokens in a row, the position table max_positions = 16"),
+    (np.array([[0, 3, 19]]), r"ids\[0, 2\] = 19 is not a token: vocab_size = 19"),
+    (np.array([[0, -1, 2]]), r"ids\[0, 1\] = -1 is not a token"),
+])
+def test_bad_ids_are_refused_at_the_door(ids, message):
+    config, weights, _ = model(SMALL)
+    with pytest.raises(ValueError, match=message):
+        transformer(ids, weights, config)
+
+
+def test_an_attention_that_is_not_built_is_refused():
+    with pytest.raises(NotImplementedError, match="attention = 'mha'"):
+        model_outline(Config(**SMALL | {"attention": "mha"}))
+
+
+def test_weights_may_be_tensors_or_arrays():
+    config, weights, ids = model(SMALL)
+    assert isinstance(transformer(ids, weights, config).hidden, Tensor)
