@@ -40,14 +40,14 @@ def random_config(kind, seed):
             rope["attention_factor"] = 1.3
     fields = dict(
         vocab_size=61, hidden_size=heads * 4 * int(rng.integers(2, 5)), intermediate_size=20, moe_intermediate_size=pick(6, 9),
-        num_hidden_layers=pick(1, 2, 3), num_attention_heads=heads, num_key_value_heads=heads, n_shared_experts=pick(1, 2),
+        num_hidden_layers=pick(1, 2, 3), rms_norm_eps=pick(1e-6, 1e-5, 1e-3), num_attention_heads=heads, num_key_value_heads=heads, n_shared_experts=pick(1, 2),
         n_routed_experts=experts, num_experts_per_tok=int(rng.integers(1, kept * per_group + 1)), n_group=groups, topk_group=kept,
         q_lora_rank=pick(None, 10), kv_lora_rank=pick(8, 12), qk_nope_head_dim=pick(4, 8), qk_rope_head_dim=pick(2, 4, 8), v_head_dim=pick(4, 6),
         first_k_dense_replace=pick(0, 1, 2), routed_scaling_factor=pick(1.0, 2.5), max_position_embeddings=128,
         rope_parameters=rope, initializer_range=0.2, attn_implementation="eager", experts_implementation="eager", bos_token_id=0, eos_token_id=1)
     if kind == "deepseek_v2":
         return DeepseekV2Config(**fields, topk_method=pick("greedy", "group_limited_greedy"), norm_topk_prob=False)
-    return DeepseekV3Config(**fields, norm_topk_prob=pick(True, False), rope_interleave=pick(True, False))
+    return DeepseekV3Config(**fields, num_nextn_predict_layers=0, norm_topk_prob=pick(True, False), rope_interleave=pick(True, False))
 
 
 def make(folder, kind, seed):

@@ -9,6 +9,23 @@ import pytest
 from tests.house import plant
 
 BUGS = {
+    "1 the module is scored on the token it was shown": (
+        "minideepseek/model/transformer.py", "cross_entropy(p.logits, targets[:, k + 1:], ignore_index", "cross_entropy(p.logits, targets[:, k:-1], ignore_index"),
+    "2 the head reads the state that came in": (
+        "minideepseek/model/mtp.py", "    logits = linear(normed, W_head) ", "    logits = linear(merged, W_head) "),
+    "3 the module has an embedding of its own": (
+        "minideepseek/model/mtp.py", "    e = embedding(ahead, E) ", "    e = embedding(ahead, np.array(getattr(E, 'data', E))) "),
+    "4 [hidden; embedding]": (
+        "minideepseek/model/mtp.py", "both = np.concatenate([n_e, n_h] if embedding_first else [n_h, n_e], axis=-1)",
+        "both = np.concatenate([n_h, n_e] if embedding_first else [n_e, n_h], axis=-1)"),
+    "10 absorption that mixes heads": (
+        "minideepseek/attention/mla_absorb.py", "W_UK.reshape(C, H, -1).transpose(1, 2, 0)", "W_UK.reshape(C, -1, H).transpose(2, 1, 0)"),
+    "12 the cache keeps keys and values too": (
+        "minideepseek/attention/kv_cache.py", "        return kv_rank + d_rope ", "        return kv_rank + d_rope + n_heads * (d_key + d_value) "),
+    "14 every new token at position 0": (
+        "minideepseek/model/decode.py", "np.arange(start, start + T)", "np.arange(T)"),
+    "30 the scale divided": (
+        "minideepseek/precision/tiles.py", "(q.astype(np.float32) * spread_blocks(", "(q.astype(np.float32) / spread_blocks("),
     "7 scores scaled by the latent's size": (
         "minideepseek/attention/mla.py", "heads_first(v, H), scale=scale)", "heads_first(v, H), scale=(c_kv.shape[-1] + k_raw.shape[-1]) ** -0.5)"),
     "8 the key with position is not summed over heads": (

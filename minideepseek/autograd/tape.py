@@ -77,6 +77,9 @@ class op:
         arrays = tuple([arg.data if isinstance(arg, Tensor) else arg for arg in args])
         try:
             self.shapes.bind(arrays, config)
+            for keyword, value in config.items():
+                if isinstance(value, Tensor):
+                    raise TypeError(f"{keyword} is a Tensor: a keyword argument is never differentiated, pass its .data")
         except (TypeError, ValueError) as error:
             caller = sys._getframe(1)
             raise type(error)(f"{self.name}: {error}\n  expected {self.shapes.text}\n  got      {describe(arrays)}\n"

@@ -65,16 +65,25 @@ def save(folder, config, weights, *, dtype=np.float32, fp8=False, overwrite=Fals
             file.write(json.dumps(public, indent=2).encode("utf-8"))
         write(begun / "model.safetensors", public_tensors(weights, dtype, blocks))
         begun.chmod(0o755)
-        if folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as old:
-                os.replace(folder, Path(old) / "replaced")
-                os.replace(begun, folder)
-        else:
-            os.replace(begun, folder)
-        sync_folder(folder.parent)
+        _put_in_place(begun, folder)
     except BaseException:
         shutil.rmtree(begun, ignore_errors=True)
         raise
+
+
+def _put_in_place(begun, folder):
+    """Give a finished folder its name. A folder that has the name steps aside first, and comes back when this fails."""
+    aside = begun.with_name(begun.name + ".replaced")
+    if folder.exists():
+        os.replace(folder, aside)
+    try:
+        os.replace(begun, folder)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def public_tensors(weights, dtype=np.float32, blocks=None):
@@ -119,6 +128,9 @@ def _read(folder, name, tensors, shape, blocks, dtype):
 
 def _compare_names(folder, expected, tensors, config):
     """Every expected tensor is there, and nothing else: but a scale beside FP8, and a module's copies of shared tables."""
+    held = sum(name.endswith(".eh_proj.weight") for name in tensors)
+    if held != config.n_mtp:
+        raise CheckpointError(f"{folder}: config.json announces {config.n_mtp} prediction modules (num_nextn_predict_layers), the weights hold {held}")
     copies = {f"model.layers.{config.n_layers + k}.{name}": original for k in range(config.n_mtp) for name, original in SHARED.items()}
     found = {name for name in tensors if tensors[name].size and not (
         name in copies or name.endswith("_scale_inv") and tensors.get(name.removesuffix("_scale_inv"), np.empty(0)).dtype == E4M3)}

@@ -6,7 +6,6 @@ if not __package__:  # run as a script: take the package from this repository, a
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from minideepseek.autograd.tape import Tape
 from minideepseek.interop.huggingface import gradients, load
 from minideepseek.interop.safetensors import CheckpointError
 from minideepseek.model.generate import generate
-from minideepseek.model.transformer import losses, next_token_targets, trainable
+from minideepseek.model.transformer import check_ids, losses, next_token_targets, trainable
 
 VALUE = 1e-10            # largest error of a logit, or of a loss in nats
 GRADIENT = 1e-6          # largest error of a gradient, relative to (largest entry of the tensor + 1e-6): stored in float32
@@ -41,11 +40,16 @@ def parity(folder):
     golden.npz: ids (B, T), and what the public code computed from them in float64: logits, loss, grad/<checkpoint name>
     in float32 for every weight; greedy, a prompt of 7 ids and what follows it; of prediction modules final_hidden,
     mtp/<k>/logits, mtp/<k>/loss, mtp/total_loss and mtp/grad/<checkpoint name>. What it does not hold is not compared.
-    Raises CheckpointError when the folder cannot be loaded, or golden.npz holds no ids or something unknown.
+    An array of another name is compared with nothing, and wrong.
+    Raises CheckpointError when the folder cannot be loaded, or golden.npz holds nothing to compare or ids the model refuses.
     """
     golden = read_golden(Path(folder) / "golden.npz")
     config, weights = load(folder, np.float64)
     ids = golden.pop("ids")
+    try:
+        check_ids(ids, config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     ours = {**_main(ids, weights, config), **_further(ids, weights, config)}
     if "greedy" in golden:
         prompt, length = golden["greedy"][0, :PROMPT], golden["greedy"].shape[1]
@@ -91,14 +95,14 @@ def compare(name, ours, expected):
 
 
 def read_golden(path):
-    """The arrays of a golden.npz. Raises CheckpointError when there is none, or it holds no ids."""
+    """The arrays of a golden.npz. Raises CheckpointError when there is none, or it holds nothing to compare."""
     try:
         with np.load(path) as file:
             golden = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:                       # whatever NumPy says of a file that is none
         raise CheckpointError(f"{path} is not a golden file: {error}") from None
-    if "ids" not in golden:
-        raise CheckpointError(f"{path} holds no ids")
+    if "ids" not in golden or len(golden) == 1:
+        raise CheckpointError(f"{path} holds {', '.join(golden) or 'nothing'}: it needs ids, and something to compare")
     return golden
 
 
@@ -112,7 +116,7 @@ def report(folders, *, every=False):
         lines = parity(folder)
         worst = {}
         for line in lines:
-            worst[_kind(line.name)] = max(worst.get(_kind(line.name), 0.0), line.error)
+            worst[_kind(line.name)] = float(np.maximum(worst.get(_kind(line.name), 0.0), line.error))      # nan wins
         print(folder, *[f"{kind} {_text(kind, error)}" for kind, error in worst.items()], sep="  ")
         for line in lines:
             if every or not line.right:
@@ -137,6 +141,7 @@ def demo():
     print("shapes    a Line compares two arrays of one shape; another shape is wrong by", compare("logits", np.zeros(2), np.zeros(3)).error)
     print(f"by hand   2 for 2.000001, relative to the largest entry: {line.error:.1e}, right: {line.right}")
     nan = compare("loss", np.array(np.nan), np.array(1.0))
+    refused = False
     try:
         parity(Path(tempfile.gettempdir(), "no such folder"))
     except CheckpointError as error:

@@ -23,15 +23,14 @@ FIELDS = {               # ours: theirs
 }
 YARN = {"yarn_factor": "factor", "yarn_original": "original_max_position_embeddings", "yarn_beta_fast": "beta_fast",
         "yarn_beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
-READ = {"model_type", "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "topk_method", "rope_interleave",
+READ = {"model_type", "scoring_func", "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "topk_method", "rope_interleave",
         "num_nextn_predict_layers", "mtp_hidden_states_first", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta", "num_key_value_heads", *FIELDS.values()}
 FIXED = {                # keys with the one value that this model has
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "moe_layer_freq": 1,
 }
 WITHOUT_EFFECT = {       # on what the model computes
     "architectures", "auto_map", "attention_dropout", "aux_loss_alpha", "bos_token_id", "dtype", "eos_token_id", "ep_size", "head_dim",
-    "initializer_range", "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "router_aux_loss_coef", "scoring_func",
-    "seq_aux", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
+    "initializer_range", "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "router_aux_loss_coef", "seq_aux", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
 }
 
 
@@ -47,7 +46,7 @@ def read_config(path):
     unknown = sorted(public.keys() - READ - FIXED.keys() - WITHOUT_EFFECT)
     if unknown:
         raise CheckpointError(f"{path}: unknown keys: {', '.join(unknown)}")
-    missing = sorted(set(FIELDS.values()) - public.keys())
+    missing = sorted({"first_k_dense_replace", *FIELDS.values()} - public.keys())
     if missing:
         raise CheckpointError(f"{path}: missing keys: {', '.join(missing)}")
     for key, value in FIXED.items():
@@ -60,8 +59,8 @@ def read_config(path):
     fields |= _routing(public, path, v3=kind == "deepseek_v3") | _rope(public, path)
     fields["n_mtp"] = public.get("num_nextn_predict_layers", 0)
     fields["mtp_embedding_first"] = not public.get("mtp_hidden_states_first", False)
-    fields["rope_interleaved"] = public.get("rope_interleave", True)
-    fields["n_dense_layers"] = _at_most(public.get("first_k_dense_replace", 0), public["num_hidden_layers"])
+    fields["rope_interleaved"] = public.get("rope_interleave", True) if kind == "deepseek_v3" else True      # V2 knows no other
+    fields["n_dense_layers"] = _at_most(public["first_k_dense_replace"], public["num_hidden_layers"])
     try:
         return Config(**fields)
     except ConfigError as error:

@@ -47,6 +47,7 @@ class SafeTensors(Mapping):
         length = int.from_bytes(self._bytes[:8], "little")
         _rule(length <= LONGEST_HEADER, self.path, f"announces a header of {length} bytes, more than {LONGEST_HEADER}")
         _rule(8 + length <= size, self.path, f"announces a header of {length} bytes, but has {size}: is it cut off?")
+        _rule(self._bytes[8:9] == b"{", self.path, "has a header that does not begin with {")
         header = _parse(self._bytes[8:8 + length], self.path)
         self.metadata = _checked_metadata(header.pop("__metadata__", {}), self.path)
         self._start = 8 + length
@@ -66,16 +67,16 @@ class SafeTensors(Mapping):
 
 
 def open_folder(folder):
-    """{name: array} of a checkpoint folder, in one file or sharded with an index.
+    """{name: array} of a checkpoint folder, in one file or, when that is not there, sharded with an index.
 
     Raises CheckpointError for a folder without a checkpoint, an index that names a file or a tensor that is not
     there, or a shard that holds a tensor the index does not give to it.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        _rule((folder / "model.safetensors").exists(), folder, "holds neither model.safetensors nor model.safetensors.index.json")
+    if (folder / "model.safetensors").exists():
         return SafeTensors(folder / "model.safetensors")
+    _rule(index.exists(), folder, "holds neither model.safetensors nor model.safetensors.index.json")
     home = read_json(index).get("weight_map")
     strings = isinstance(home, dict) and all(isinstance(shard, str) for shard in home.values())
     _rule(strings, index, "has no weight_map of tensor names to file names")
@@ -179,11 +180,11 @@ def _parse(data, path):
         return int(text)
 
     try:
-        _rule(data[:1] == b"{", path, "holds no JSON object: it does not begin with {")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_int=whole)
         json.dumps(value, ensure_ascii=False).encode("utf-8")         # half of a surrogate pair is no character
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} holds no valid JSON: {error}") from None
+    _rule(isinstance(value, dict), path, f"holds no JSON object, but {str(value)[:30]}")
     return value
 
 

@@ -40,7 +40,7 @@ def block(x, weights, config, cos, sin, *, gemm=matmul):
     x: (B, T, D)   weights: BlockWeights   cos, sin: (T, R/2), of `position_tables`
     -> x: (B, T, D)   chosen: the experts of every token, (B, T, top_k) int, or None in a dense layer
 
-    Source: DeepSeek-V3, arXiv:2412.19437, fig. 2; pre-norm, no dropout, no bias anywhere.
+    Source: DeepSeek-V3, arXiv:2412.19437, fig. 2; pre-norm, no dropout, no bias in any projection.
     """
     n = rmsnorm(x, weights.g_attention, eps=config.eps)                                                             # eq. 1
     a = mla(n, *weights.attention, **attention_options(config), cos=cos, sin=sin, gemm=gemm)                        # eq. 2
@@ -54,10 +54,12 @@ def block(x, weights, config, cos, sin, *, gemm=matmul):
 
 
 def attention_options(config):
-    """What `mla` wants to know of a configuration, beside the position tables."""
-    stretch = config.yarn_factor
-    return {"n_heads": config.n_heads, "eps": config.eps, "interleaved": config.rope_interleaved,
-            "scale": softmax_scale(config.d_nope + config.d_rope, stretch, config.mscale_all_dim)}
+    """What `mla` wants to know of a configuration, beside the position tables.
+
+    Not config.eps: the norms of its latents keep their 1e-6 in the public code, whatever rms_norm_eps says.
+    """
+    return {"n_heads": config.n_heads, "interleaved": config.rope_interleaved,
+            "scale": softmax_scale(config.d_nope + config.d_rope, config.yarn_factor, config.mscale_all_dim)}
 
 
 def routing_options(config):
@@ -115,7 +117,7 @@ def demo():
                               ffn=weights.ffn._replace(W_down=0 * weights.ffn.W_down, W_shared_down=0 * weights.ffn.W_shared_down))
     y, _ = block(x, silent, config, cos, sin)
     same = np.array_equal(y.data, x.data)
-    print(f"claim     with both output matrices zero the layer passes its input on, bit for bit: {same}")
+    print(f"claim     with all output matrices zero the layer passes its input on, bit for bit: {same}")
     assert same and [record.name for record in tape.records] == ["rmsnorm", "mla", "add", "rmsnorm", "deepseek_moe", "add"]
 
 

@@ -29,7 +29,7 @@ class Config:
     n_dense_layers: int = 3            # the first layers have one dense feed-forward instead of experts
     d_ff: int = 18_432                 # its width
     max_positions: int = 163_840       # tokens in the position table
-    eps: float = 1e-6                  # of every RMSNorm
+    eps: float = 1e-6                  # of the RMSNorms of the stream; those of the latents keep 1e-6
 
     attention: str = "mla"
     n_heads: int = 128

@@ -156,7 +156,7 @@ def model_outline(config):
 def init(config, rng, *, std=0.006, dtype=np.float32):
     """Random weights: normal with one standard deviation, norms at 1, selection biases at 0.
 
-    Source: DeepSeek-V3, arXiv:2412.19437, sec. 4.2: 0.006 for everything; a narrow model wants more.
+    Source: DeepSeek-V3, arXiv:2412.19437, sec. 4.2, for the 0.006; a narrow model wants more.
     """
     form = model_outline(config)
 

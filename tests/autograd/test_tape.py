@@ -391,3 +391,8 @@ def test_the_repr_of_a_tensor_is_short_and_begins_with_its_shape():
 def test_a_tensor_has_no_arithmetic():
     with pytest.raises(TypeError):
         leaf() + leaf()
+
+
+def test_a_tensor_as_a_keyword_is_refused_by_name():
+    with pytest.raises(TypeError, match="eps is a Tensor: a keyword argument is never differentiated"):
+        rmsnorm(np.ones((2, 3)), np.ones(3), eps=Tensor(np.array(1e-6)))

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -6,20 +8,14 @@ import pytest
 
 from minideepseek.autograd import params
 from minideepseek.autograd.tape import Tape
-from minideepseek.interop.huggingface import gradients, layout, load, read_config
-from minideepseek.interop.safetensors import CheckpointError, SafeTensors
-from minideepseek.model.transformer import next_token_loss, next_token_targets, trainable
+from minideepseek.interop.huggingface import gradients, load, save
+from minideepseek.interop.layout import layout
+from minideepseek.interop.safetensors import CheckpointError, SafeTensors, write
+from minideepseek.model.transformer import losses, next_token_targets, trainable, transformer
+from minideepseek.precision.tiles import E4M3
 from tests.house import ROOT
 
 FIXTURES = ROOT / "tests/fixtures"
-
-
-def edited(tmp_path, fixture, **changes):
-    """config.json of a fixture with some keys changed; a key set to ... is deleted."""
-    public = json.loads((FIXTURES / fixture / "config.json").read_text()) | changes
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({key: value for key, value in public.items() if value is not ...}))
-    return path
 
 
 def respelt(tmp_path, fixture, change):
@@ -27,12 +23,7 @@ def respelt(tmp_path, fixture, change):
     shutil.copy(FIXTURES / fixture / "config.json", tmp_path)
     tensors = dict(SafeTensors(FIXTURES / fixture / "model.safetensors"))
     change(tensors)
-    header, data = {}, b""
-    for name, array in tensors.items():
-        header[name] = {"dtype": {"float32": "F32", "int32": "I32"}[array.dtype.name], "shape": array.shape, "data_offsets": [len(data), len(data) + array.nbytes]}
-        data += array.tobytes()
-    text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    write(tmp_path / "model.safetensors", tensors)
     return tmp_path
 
 
@@ -64,7 +55,7 @@ def test_gradients_have_checkpoint_names_and_shapes():
     config, weights = load(FIXTURES / "v3-8", np.float64)
     trained, ids = trainable(weights), np.array([[1, 2, 3]])
     with Tape() as tape:
-        loss = next_token_loss(ids, next_token_targets(ids), trained, config)
+        loss = losses(ids, next_token_targets(ids), trained, config).main
     tape.backward(loss)
     found, tensors = gradients(trained), SafeTensors(FIXTURES / "v3-8/model.safetensors")
     assert found.keys() == {name for name in tensors if not name.endswith("bias")}
@@ -97,56 +88,138 @@ def test_a_truncated_file(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"hiden_size": 3, "layers": 2}, "unknown keys: hiden_size, layers"),
-    ({"hidden_size": ..., "v_head_dim": ...}, "missing keys: hidden_size, v_head_dim"),
-    ({"model_type": "llama"}, "model_type 'llama' is neither deepseek_v3 nor deepseek_v2"),
-    ({"num_experts_per_tok": 5}, "top_k = 5 exceeds the 4 experts a token can reach: 1 of 2 groups of 4 (top_k is its num_experts_per_tok)"),
-    ({"n_group": 3}, "n_groups = 3 does not divide n_routed = 8"),
-    ({"n_group": ...}, "missing keys: n_group"),
-    ({"hidden_act": "gelu"}, "hidden_act = 'gelu', this model has 'silu' only"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings = True, this model has False only"),
-    ({"num_key_value_heads": 2}, "num_key_value_heads = 2 must equal num_attention_heads = 4"),
-    ({"topk_method": "greedy"}, "topk_method 'greedy' is not one of"),
-    ({"scoring_func": "softmax"}, "scoring_func 'softmax', deepseek_v3 has 'sigmoid'"),
-    ({"hidden_size": "wide"}, "d_model = 'wide' must be a whole number (d_model is its hidden_size)"),
-    ({"q_lora_rank": 0}, "q_rank = 0 must be positive, or None"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, "RoPE of type 'linear'"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4}}, "lacks original_max_position_embeddings"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "truncate": False}}, "unknown keys: truncate"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": "x", "original_max_position_embeddings": 64}}, "must be numbers"),
-    ({"rope_parameters": [1]}, "rope_parameters is [1], expected a table"),
-])
-def test_configurations_we_cannot_have(tmp_path, changes, message):
-    with pytest.raises(CheckpointError) as caught:
-        read_config(edited(tmp_path, "v3-2", **changes))
-    assert message in str(caught.value)
+def test_module_layers_that_disagree_with_the_configuration(tmp_path):
+    folder = respelt(tmp_path, "v3mtp-1", lambda t: [t.pop(name) for name in list(t) if name.startswith("model.layers.3.")])
+    with pytest.raises(CheckpointError, match=r"announces 2 prediction modules \(num_nextn_predict_layers\), the weights hold 1"):
+        load(folder)
 
 
-def test_the_older_spelling_of_rope_is_read(tmp_path):
-    """As in the files released with V3 and V2-Lite."""
-    old = {"type": "yarn", "factor": 8.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 32}
-    path = edited(tmp_path, "v3-2", rope_parameters=..., rope_scaling=old, rope_theta=10000, topk_method="noaux_tc", scoring_func="sigmoid",
-                  moe_layer_freq=1, ep_size=1, seq_aux=True, aux_loss_alpha=0.001, torch_dtype="bfloat16")
-    assert read_config(path) == read_config(FIXTURES / "v3-2/config.json")
+def test_a_module_may_repeat_the_shared_tables_but_not_change_them(tmp_path):
+    def repeat(tensors):
+        tensors["model.layers.2.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+        tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"]
+
+    load(respelt(tmp_path, "v3mtp-1", repeat))
+    with pytest.raises(CheckpointError, match="model.layers.2.embed_tokens.weight differs from model.embed_tokens.weight"):
+        load(respelt(tmp_path, "v3mtp-1", lambda t: t.update({"model.layers.2.embed_tokens.weight": t["model.embed_tokens.weight"] + 1})))
 
 
-def test_v2_lite_has_no_groups_and_no_query_latent(tmp_path):
-    path = edited(tmp_path, "v2-2", q_lora_rank=None, n_group=None, topk_group=None, rope_scaling=None)
-    config = read_config(path)
-    assert (config.q_rank, config.n_groups, config.n_groups_kept, config.scoring, config.normalise) == (None, 1, 1, "softmax", False)
+def test_fp8_without_its_scale_with_a_wrong_one_and_without_a_quantization_config(tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    scale = name + "_scale_inv"
+    for change, message in ((lambda t: t.pop(scale), f"{name} is stored in FP8, but its scales {scale} are missing"),
+                            (lambda t: t.update({scale: t[scale][:1]}), f"{name}: a matrix (200, 160) in blocks of (128, 128) needs scales (2, 2), got (1, 2)"),
+                            (lambda t: t.update({name: t[name].astype(np.float32)}), f"unexpected tensors: {scale}")):
+        tensors = dict(SafeTensors(FIXTURES / "v3fp8-1/model.safetensors"))
+        change(tensors)
+        shutil.copy(FIXTURES / "v3fp8-1/config.json", tmp_path)
+        write(tmp_path / "model.safetensors", tensors)
+        with pytest.raises(CheckpointError) as caught:
+            load(tmp_path)
+        assert message in str(caught.value)
+    public = json.loads((FIXTURES / "v3fp8-1/config.json").read_text())
+    del public["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(public))
+    shutil.copy(FIXTURES / "v3fp8-1/model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match="is of dtype float8_e4m3fn, .* or float8_e4m3fn with a quantization_config"):
+        load(tmp_path)
 
 
-def test_the_amplitude_of_the_rotary_tables(tmp_path):
-    """No mscales: temperature(1). An explicit attention_factor: itself."""
-    from minideepseek.model.block import position_tables
+def test_a_scale_in_another_shard(tmp_path):
+    tensors = dict(SafeTensors(FIXTURES / "v3fp8-1/model.safetensors"))
+    shutil.copy(FIXTURES / "v3fp8-1/config.json", tmp_path)
+    shards = {"one.safetensors": {}, "two.safetensors": {}}
+    for name, array in tensors.items():
+        shards["two.safetensors" if name.endswith("_scale_inv") else "one.safetensors"][name] = array
+    for shard, held in shards.items():
+        write(tmp_path / shard, held)
+    home = {name: shard for shard, held in shards.items() for name in held}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": home}))
+    whole, sharded = load(FIXTURES / "v3fp8-1")[1], load(tmp_path)[1]
+    for ours, theirs in zip(params.flatten(whole).values(), params.flatten(sharded).values(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
-    rope = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
-    for extra, amplitude in (({}, 0.1 * np.log(8) + 1), ({"attention_factor": 1.3}, 1.3), ({"mscale": 0.5, "mscale_all_dim": 0.5}, 1)):
-        config = read_config(edited(tmp_path, "v3-2", rope_parameters=rope | extra))
-        cos, sin = position_tables(config, np.array([5]), np.float64)
-        np.testing.assert_allclose(np.hypot(cos, sin), amplitude, rtol=1e-14)
+
+@pytest.mark.parametrize("name", ["v3mtp-2", "v2-13"])
+def test_saved_and_loaded_it_is_the_same_model(tmp_path, name):
+    config, weights = load(FIXTURES / name)
+    save(tmp_path / "saved", config, trainable(weights))
+    again, back = load(tmp_path / "saved")
+    assert again == config
+    for ours, theirs in zip(params.flatten(weights).values(), params.flatten(back).values(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert sorted(os.listdir(tmp_path)) == ["saved"] and sorted(os.listdir(tmp_path / "saved")) == ["config.json", "model.safetensors"]
 
 
-def test_more_dense_layers_than_layers_means_all(tmp_path):
-    assert read_config(edited(tmp_path, "v3-11", first_k_dense_replace=7, num_hidden_layers=2)).n_dense_layers == 2
+def test_saved_in_fp8_twice_it_does_not_change_again(tmp_path):
+    config, weights = load(FIXTURES / "v3-2")
+    save(tmp_path / "once", config, weights, fp8=True)
+    save(tmp_path / "twice", *load(tmp_path / "once"), fp8=True)
+    once, twice = [SafeTensors(tmp_path / name / "model.safetensors") for name in ("once", "twice")]
+    assert {name for name in once if once[name].dtype == E4M3} == {name for name in once if name + "_scale_inv" in once}
+    assert "lm_head.weight_scale_inv" not in once and "model.layers.1.mlp.gate.weight_scale_inv" not in once
+    for name in once:
+        if once[name].dtype == E4M3:
+            np.testing.assert_array_equal(once[name].view(np.uint8), twice[name].view(np.uint8))
+
+
+def test_a_folder_that_exists_is_not_overwritten_unless_told(tmp_path):
+    config, weights = load(FIXTURES / "v3-11")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "precious").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists: choose another folder, or say overwrite=True"):
+        save(folder, config, weights)
+    assert (folder / "precious").read_text() == "mine"
+    save(folder, config, weights, overwrite=True)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"] and sorted(os.listdir(tmp_path)) == ["model"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, existing):
+    config, weights = load(FIXTURES / "v3-11")
+    if existing:
+        save(tmp_path / "model", config, weights)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("model/*")}
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path / "model", config, weights, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("model/*")} == before
+    assert os.listdir(tmp_path) == (["model"] if existing else [])
+
+
+def test_when_the_last_step_fails_the_old_folder_comes_back(tmp_path, monkeypatch):
+    config, weights = load(FIXTURES / "v3-11")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/precious").write_text("mine")
+    rename = os.replace
+
+    def failing(source, target):
+        if str(target) == str(tmp_path / "model") and "replaced" not in str(source):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no"):
+        save(tmp_path / "model", config, weights, overwrite=True)
+    assert os.listdir(tmp_path) == ["model"] and (tmp_path / "model/precious").read_text() == "mine"
+
+
+def test_the_public_library_loads_what_we_save_and_agrees(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from tests.public import float64_throughout
+
+    for name in ("v3-8", "v3mtp-1", "v2-13"):
+        config, weights = load(FIXTURES / name, np.float64)
+        save(tmp_path / name, config, weights, dtype=np.float64)
+        ids = np.load(FIXTURES / name / "golden.npz")["ids"]
+        with float64_throughout():
+            model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64, attn_implementation="eager",
+                                                                      experts_implementation="eager")
+            theirs = model(torch.tensor(ids)).logits.detach().numpy()
+        assert np.abs(transformer(ids, weights, config).logits.data - theirs).max() < 1e-12

@@ -11,10 +11,10 @@ from tests.house import ROOT
 FIXTURES = ROOT / "tests/fixtures"
 
 
-@pytest.mark.parametrize("name", ["v3-2", "v3-8", "v3-11", "v2-2", "v2-13", "v3mtp-1", "v3mtp-2"])
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.glob("v*")))
 def test_the_public_implementation_computes_the_same(name):
     lines = parity(FIXTURES / name)
-    assert {"logits", "loss"} <= {line.name for line in lines} and len(lines) > 30
+    assert {"ids", *[line.name for line in lines]} == set(np.load(FIXTURES / name / "golden.npz"))      # nothing is left out
     assert not [line for line in lines if not line.right]
 
 
@@ -36,10 +36,28 @@ def test_the_command_prints_and_exits_by_the_result(tmp_path, capsys):
 def test_a_folder_that_cannot_be_compared(tmp_path, capsys):
     assert main(["parity", str(tmp_path)]) == 2
     assert "is not a golden file" in capsys.readouterr().err
-    np.savez(tmp_path / "golden.npz", logits=np.zeros(3))
-    with pytest.raises(CheckpointError, match="holds no ids"):
-        parity(tmp_path)
+    good = (FIXTURES / "v3-11/golden.npz").read_bytes()
+    for content in (b"", good[:1000], good[:300] + bytes(300) + good[600:]):
+        (tmp_path / "golden.npz").write_bytes(content)
+        assert main(["parity", str(tmp_path)]) == 2
+    for arrays, message in (({"logits": np.zeros(3)}, "holds logits: it needs ids"), ({"ids": np.zeros((1, 2), int)}, "and something to compare")):
+        np.savez(tmp_path / "golden.npz", **arrays)
+        with pytest.raises(CheckpointError, match=message):
+            parity(tmp_path)
+    shutil.copytree(FIXTURES / "v3-11", tmp_path / "model")
+    for ids, message in ((np.zeros((1, 2)), "ids must be an integer array"), (np.full((1, 2), 96), r"ids\[0, 0\] = 96 is not a token")):
+        np.savez(tmp_path / "model/golden.npz", ids=ids, logits=np.zeros(1))
+        with pytest.raises(CheckpointError, match=message):
+            parity(tmp_path / "model")
 
+
+def test_nan_is_seen_in_the_summary_and_an_unknown_array_is_wrong(tmp_path, capsys):
+    shutil.copytree(FIXTURES / "v3-11", tmp_path / "model")
+    golden = dict(np.load(FIXTURES / "v3-11/golden.npz"))
+    np.savez(tmp_path / "model/golden.npz", ids=golden["ids"], loss=np.array(np.nan), riddle=np.zeros(3))
+    assert main(["parity", str(tmp_path / "model")]) == 1
+    printed = capsys.readouterr().out
+    assert "loss nan" in printed and "riddle inf" in printed
 
 def test_a_gradient_we_lack_or_of_another_shape_is_wrong():
     assert not compare("grad/W", None, np.zeros(2)).right

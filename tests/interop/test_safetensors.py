@@ -1,11 +1,12 @@
 import json
+import os
 import struct
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from minideepseek.interop.safetensors import DTYPES, CheckpointError, SafeTensors, open_folder
+from minideepseek.interop.safetensors import DTYPES, CheckpointError, SafeTensors, open_folder, write
 
 A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 B = {"dtype": "U8", "shape": [3], "data_offsets": [8, 11]}
@@ -55,8 +56,8 @@ def with_b(**changes):
 
 
 @pytest.mark.parametrize("header, message", [
-    (b"[]", "does not begin with {"),
-    (b' {"a":1}', "does not begin with {"),
+    (b"[]", "a header that does not begin with {"),
+    (b' {"a":1}', "a header that does not begin with {"),
     (b"{", "no valid JSON"),
     (b'{"a": {"dtype": "F32"', "no valid JSON"),
     (b"{\xff}", "no valid JSON"),
@@ -148,3 +149,32 @@ def test_a_tensor_the_index_forgets(tmp_path):
 def test_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="holds neither model.safetensors nor"):
         open_folder(tmp_path)
+
+
+def test_what_is_written_is_read(tmp_path):
+    tensors = {name: np.arange(6, dtype=np.uint8).reshape(2, 3).astype(dtype) for name, dtype in DTYPES.items()} | {"é": np.zeros((0, 2)), "scalar": np.array(3.5)}
+    write(tmp_path / "m", tensors, {"step": "7"})
+    back = SafeTensors(tmp_path / "m")
+    assert back.metadata == {"format": "pt", "step": "7"} and list(back) == list(tensors)
+    for name, array in tensors.items():
+        assert back[name].dtype == array.dtype and back[name].shape == array.shape and back[name].tobytes() == array.tobytes()
+    assert (8 + int.from_bytes((tmp_path / "m").read_bytes()[:8], "little")) % 8 == 0
+
+
+def test_the_public_library_reads_what_we_write(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    tensors = {"a": np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32), "b": np.arange(5)}
+    write(tmp_path / "m", tensors)
+    for name, array in safetensors.load_file(tmp_path / "m").items():
+        np.testing.assert_array_equal(array, tensors[name])
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    write(tmp_path / "m", {"a": np.zeros(3)})
+    before = (tmp_path / "m").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        write(tmp_path / "m", {"a": np.ones(3)})
+    assert (tmp_path / "m").read_bytes() == before and os.listdir(tmp_path) == ["m"]
+    with pytest.raises(ValueError, match="a is of dtype complex128, which safetensors does not have"):
+        write(tmp_path / "m", {"a": np.zeros(3, complex)})

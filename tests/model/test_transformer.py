@@ -7,7 +7,7 @@ from minideepseek.autograd.gradcheck import gradcheck
 from minideepseek.autograd.params import count, flatten, nbytes
 from minideepseek.autograd.tape import Tape, Tensor
 from minideepseek.model.config import Config
-from minideepseek.model.transformer import (gradient_of_vector, init, loss_of_vector, model_outline, next_token_loss, next_token_targets,
+from minideepseek.model.transformer import (gradient_of_vector, init, loss_of_vector, losses, model_outline, next_token_targets,
                                             trainable, transformer, transformer_example)
 
 SMALL = dict(vocab_size=19, d_model=12, n_layers=3, n_dense_layers=1, d_ff=14, max_positions=16, n_heads=2, q_rank=6, kv_rank=5, d_nope=4,
@@ -31,8 +31,8 @@ def test_the_gradient_reaches_every_weight_but_no_bias():
     config, weights, ids = model(SMALL)
     trained = trainable(weights)
     with Tape() as tape:
-        loss = next_token_loss(ids, next_token_targets(ids), trained, config)
-    tape.backward(loss)
+        found = losses(ids, next_token_targets(ids), trained, config)
+    tape.backward(found.seeds(0.3))
     for name, leaf in flatten(trained).items():
         if name.endswith("b_select"):
             assert isinstance(leaf, np.ndarray)
@@ -86,7 +86,7 @@ def test_the_last_position_has_no_target():
 def test_a_fresh_model_knows_nothing_and_keeps_float32():
     config, _, ids = model(SMALL | {"vocab_size": 500})
     weights = init(config, np.random.default_rng(0))
-    loss = next_token_loss(ids, next_token_targets(ids), weights, config)
+    loss = losses(ids, next_token_targets(ids), weights, config).main
     assert loss.data.dtype == np.float32 and abs(loss.data / math.log(500) - 1) < 0.02
     assert all(leaf.dtype == np.float32 for leaf in flatten(weights).values())
 
@@ -94,7 +94,7 @@ def test_a_fresh_model_knows_nothing_and_keeps_float32():
 def test_the_outline_of_v3_takes_no_memory_and_has_its_671_billion_weights():
     outline = model_outline(Config())
     biases = sum(leaf.size for name, leaf in flatten(outline).items() if name.endswith("b_select"))
-    assert count(outline) - biases == 671_026_404_352 and biases == 14_848
+    assert count(outline) - biases == 671_026_404_352 + 11_610_067_968 and biases == 14_848 + 256
     assert nbytes(outline) > 1e12 and all(leaf.base.size == 1 for leaf in flatten(outline).values())
 
 
@@ -128,3 +128,82 @@ def test_an_attention_that_is_not_built_is_refused():
 def test_weights_may_be_tensors_or_arrays():
     config, weights, ids = model(SMALL)
     assert isinstance(transformer(ids, weights, config).hidden, Tensor)
+
+
+def test_module_k_reads_token_i_k_1_and_is_scored_on_token_i_k_2():
+    """Bug 1. Modules that only copy what they are shown: the head names the very token they read. That token must not
+    be the answer: the loss is that of a wrong guess, and it is nearly 0 against the token shown."""
+    config, weights, ids = model(SMALL | {"n_mtp": 2, "d_model": 19})
+    copying = tuple(copier(module) for module in weights.mtp)
+    weights = weights._replace(E=np.eye(19), W_head=60 * np.eye(19), mtp=copying)
+    ids = np.stack([np.arange(7), np.arange(7, 14), np.arange(12, 19)])
+    found = losses(ids, next_token_targets(ids), weights, config)
+    for k, (prediction, loss) in enumerate(zip(found.predictions, found.mtp)):
+        assert prediction.logits.data.shape == (3, 7 - 1 - k, 19)
+        assert (prediction.logits.data.argmax(axis=-1) == ids[:, k + 1:]).all()
+        assert loss.data > 50
+
+
+def copier(module):
+    """A module whose output is the (normed) embedding of the token it is shown."""
+    D = len(module.g_final)
+    block = module.block
+    silent = block._replace(attention=block.attention._replace(W_O=0 * block.attention.W_O),
+                            ffn=block.ffn._replace(W_down=0 * block.ffn.W_down, W_shared_down=0 * block.ffn.W_shared_down))
+    return module._replace(W_merge=np.vstack([np.eye(D), np.zeros((D, D))]), block=silent)
+
+
+def test_no_prediction_of_a_module_knows_a_later_token():
+    config, weights, ids = model(DENSE | {"n_mtp": 2})
+    before = [p.logits.data for p in losses(ids, next_token_targets(ids), weights, config).predictions]
+    for j in range(1, 7):
+        changed = ids.copy()
+        changed[:, j] = (changed[:, j] + 1) % config.vocab_size
+        after = [p.logits.data for p in losses(changed, next_token_targets(changed), weights, config).predictions]
+        for k in range(2):
+            seen = max(j - k - 1, 0)                     # the first position that is shown token j
+            assert np.array_equal(after[k][:, :seen], before[k][:, :seen])
+            assert (after[k][:, seen:] != before[k][:, seen:]).any()
+
+
+def test_the_gradients_of_shared_tables_are_the_sum_over_main_model_and_modules():
+    """Bug 3: embedding and head are one table each."""
+    config, weights, ids = model(SMALL | {"n_mtp": 2})
+    found = {}
+    for part in ("main", "mtp", "both"):
+        trained = trainable(weights)
+        with Tape() as tape:
+            loss = losses(ids, next_token_targets(ids), trained, config)
+        seeds = loss.seeds(0.3)
+        tape.backward({t: s for t, s in seeds.items() if part == "both" or (t is loss.main) == (part == "main")})
+        found[part] = trained.E.grad, trained.W_head.grad
+    for main, mtp, both in zip(*found.values()):
+        assert mtp.any() and np.abs(main + mtp - both).max() < 1e-12
+
+
+def test_the_weight_of_the_modules_is_shared_between_them():
+    config, weights, ids = model(SMALL | {"n_mtp": 2})
+    found = losses(ids, next_token_targets(ids), weights, config)
+    assert list(found.seeds(0.3).values()) == [1.0, 0.15, 0.15]
+    alone = losses(ids, next_token_targets(ids), weights._replace(mtp=()), config)
+    assert list(alone.seeds(0.3)) == [alone.main] and alone.main.data == found.main.data
+
+
+@pytest.mark.parametrize("fields", [{"mtp_embedding_first": False}, {"mtp_reads_normed": False}])
+def test_the_other_conventions_are_other_models_with_right_gradients(fields):
+    config, weights, ids = model(SMALL | {"n_mtp": 2})
+    other = Config(**SMALL | {"n_mtp": 2} | fields)
+    usual, different = [losses(ids, next_token_targets(ids), weights, c) for c in (config, other)]
+    assert usual.main.data == different.main.data and usual.mtp[0].data != different.mtp[0].data
+
+
+def test_too_short_for_the_modules_and_wrong_targets():
+    config, weights, ids = model(SMALL | {"n_mtp": 2})
+    with pytest.raises(ValueError, match="ids has 2 tokens in a row: 2 modules need at least 3"):
+        losses(ids[:, :2], next_token_targets(ids[:, :2]), weights, config)
+    with pytest.raises(ValueError, match=r"targets must be integers in the form of ids, \(3, 7\), got int64 \(3, 6\)"):
+        losses(ids, ids[:, 1:], weights, config)
+    with pytest.raises(ValueError, match=r"targets\[1, 2\] = 19 is neither a token nor IGNORE"):
+        wrong = ids.copy()
+        wrong[1, 2] = 19
+        losses(ids, wrong, weights, config)

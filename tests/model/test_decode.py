@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+
+from minideepseek.model.config import Config
+from minideepseek.model.decode import new_caches, transformer_decode
+from minideepseek.model.transformer import init, transformer
+
+SMALL = dict(vocab_size=13, d_model=12, n_layers=3, n_dense_layers=1, d_ff=10, max_positions=12, n_heads=2, q_rank=6, kv_rank=5, d_nope=4, d_rope=2,
+             d_value=3, yarn_original=8, n_routed=6, top_k=2, d_expert=5, n_groups=3, n_groups_kept=2, n_mtp=0)
+
+
+def model(**fields):
+    config, rng = Config(**SMALL | fields), np.random.default_rng(0)
+    return config, init(config, rng, std=0.4, dtype=np.float64), rng.integers(0, 13, (2, 9))
+
+
+@pytest.mark.parametrize("fields", [{}, {"q_rank": None}, {"rope_interleaved": False}, {"scoring": "softmax", "normalise": False}],
+                         ids=["V3", "no query latent", "half-split", "V2"])
+@pytest.mark.parametrize("cuts", [[9], [1] * 9, [4, 5], [1, 3, 1, 4], [8, 1]], ids=str)
+def test_in_pieces_of_any_size_the_logits_are_those_of_the_whole(fields, cuts):
+    config, weights, ids = model(**fields)
+    out = transformer(ids, weights, config)
+    caches, start, logits, hidden = new_caches(config, 2, 9, np.float64), 0, [], []
+    for n in cuts:
+        piece = transformer_decode(ids[:, start:start + n], weights, config, caches)
+        logits.append(piece[0])
+        hidden.append(piece[1])
+        start += n
+    assert np.abs(np.concatenate(logits, axis=1) - out.logits.data).max() < 1e-12
+    assert np.abs(np.concatenate(hidden, axis=1) - out.hidden.data).max() < 1e-12
+
+
+def test_after_forgetting_it_goes_on_from_there():
+    config, weights, ids = model()
+    whole = transformer(ids, weights, config).logits.data
+    caches = new_caches(config, 2, 9, np.float64)
+    transformer_decode((ids[:, :8] + 1) % 13, weights, config, caches)
+    for cache in caches:
+        cache.truncate(0)
+    transformer_decode(ids[:, :5], weights, config, caches)
+    transformer_decode((ids[:, 5:7] + 1) % 13, weights, config, caches)
+    for cache in caches:
+        cache.truncate(5)
+    assert np.abs(transformer_decode(ids[:, 5:], weights, config, caches)[0] - whole[:, 5:]).max() < 1e-12
+
+
+def test_float32_stays_float32():
+    config, weights, ids = model()
+    weights32 = init(config, np.random.default_rng(0))
+    logits, hidden = transformer_decode(ids, weights32, config, new_caches(config, 2, 9, np.float32))
+    assert logits.dtype == hidden.dtype == np.float32
+
+
+def test_beyond_the_cache_and_beyond_the_position_table():
+    config, weights, ids = model()
+    caches = new_caches(config, 2, 4, np.float64)
+    with pytest.raises(ValueError, match="the cache holds 2 sequences of 4 tokens, 0 are filled: 9 more of 2 sequences do not fit"):
+        transformer_decode(ids, weights, config, caches)
+    caches = new_caches(config, 2, 20, np.float64)
+    transformer_decode(ids, weights, config, caches)
+    with pytest.raises(ValueError, match="9 tokens in the cache and 9 new ones exceed the position table, max_positions = 12"):
+        transformer_decode(ids, weights, config, caches)
+    with pytest.raises(ValueError, match="an empty batch"):
+        transformer_decode(ids[:, :0], weights, config, caches)
