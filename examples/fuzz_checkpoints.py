@@ -9,6 +9,7 @@ if not __package__:  # run as a script: take the package from this repository
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../..")]
 
 import argparse
+import copy
 import json
 import resource
 import sys
@@ -82,7 +83,7 @@ def spoilt_config(rng):
         if rng.random() < 0.2:
             table.pop(key, None)
         else:
-            table[key] = VALUES[rng.integers(len(VALUES))]
+            table[key] = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
     text = json.dumps(public).encode()
     if rng.random() < 0.3:
         at = rng.integers(len(text))

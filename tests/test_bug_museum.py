@@ -46,6 +46,10 @@ BUGS = {
     "18 the selection bias added to the gates": (
         "minideepseek/moe/router.py", "picked = np.take_along_axis(score, chosen, axis=-1)",
         "picked = np.take_along_axis(score if b_select is None else score + b_select, chosen, axis=-1)"),
+    "19 counts compared with a share of 1/E: all biases drift": (
+        "minideepseek/moe/bias_balance.py", "np.sign(counts.mean() - counts)", "np.sign(1 / counts.size - counts)"),
+    "20 the bias of an overloaded expert raised": (
+        "minideepseek/moe/bias_balance.py", "np.sign(counts.mean() - counts)", "np.sign(counts - counts.mean())"),
     "21 group score of V2 used for V3": (
         "minideepseek/moe/router.py", 'n_best = 2 if scoring == "sigmoid" else 1', "n_best = 1"),
     "21 masked groups set to 0 instead of -inf": (
@@ -54,6 +58,14 @@ BUGS = {
         "minideepseek/moe/router.py", "gate = share * scaling", "gate = share * 1.0"),
     "22 the scaling factor applied before normalising": (
         "minideepseek/moe/router.py", "picked = np.take_along_axis(score, chosen, axis=-1) ", "picked = scaling * np.take_along_axis(score, chosen, axis=-1); scaling = 1.0 "),
+    "24 f differentiated as if it moved with P": (
+        "minideepseek/moe/balance_loss.py", "dP = f * (dloss / B) ", "dP = 2 * f * (dloss / B) "),
+    "24 f made of scores, which have a slope": (
+        "minideepseek/moe/balance_loss.py", "f = wanted.sum(axis=1) * E / (top_k * T) ", "f = share.sum(axis=1) * E / T "),
+    "24 f left out": (
+        "minideepseek/moe/balance_loss.py", "loss = (f * P).sum(", "loss = P.sum("),
+    "24 counted over the batch, not over each sequence": (
+        "minideepseek/moe/balance_loss.py", "f = wanted.sum(axis=1) * E / (top_k * T) ", "f = np.stack([wanted.mean(axis=(0, 1)) * E / top_k] * B) "),
     "25 the layer adds the residual that the block adds too": (
         "minideepseek/moe/deepseek_moe.py", "        y = y_routed + y_shared ", "        y = x + y_routed + y_shared "),
     "33 in-place += on a gradient two parents share": (

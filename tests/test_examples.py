@@ -22,3 +22,8 @@ def test_the_recipe_in_its_docstring_works_in_pdb(tmp_path):
                          capture_output=True, text=True)
     assert "Error" not in run.stdout and "***" not in run.stdout, run.stdout
     assert "(4, 6)" in run.stdout and "('rmsnorm'," in run.stdout and "# eq. 6" in run.stdout
+
+
+def test_the_fuzzer_finds_no_fault():
+    run = subprocess.run([sys.executable, str(ROOT / "examples/fuzz_checkpoints.py"), "--files", "2000", "--seed", "1"], capture_output=True, text=True)
+    assert run.returncode == 0 and "claim: 0 faults in 2000 files" in run.stdout, run.stdout + run.stderr

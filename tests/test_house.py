@@ -18,9 +18,10 @@ FLOORS = {
     "basics": 1, "precision": 1,
     "attention": 2, "moe": 2,
     "model": 3,
-    "training": 4, "interop": 4, "evaluation": 4,
-    "rl": 5,
-    "classroom": 6, "debug": 6,
+    "interop": 4,
+    "training": 5, "evaluation": 5,
+    "rl": 6,
+    "classroom": 7, "debug": 7,
 }
 CORE = {"numpy", "scipy", "matplotlib", "ml_dtypes", "minideepseek"}
 HEADER = '''if not __package__:  # run as a script: take the package from this repository, and nothing from this folder

@@ -31,6 +31,12 @@ class BlockWeights(NamedTuple):
     b_select: np.ndarray | None          # (E,)   only selects experts; moved by the balancing rule, never by a gradient
 
 
+class Routed(NamedTuple):
+    """What balancing wants to know of a layer with experts."""
+    chosen: object                       # Tensor (B, T, top_k) int: the experts of every token
+    x: object                            # Tensor (B, T, D): what the router read
+
+
 CONSTANT = ("b_select",)                 # the leaves of the weights that are never trained by a gradient
 
 
@@ -38,7 +44,7 @@ def block(x, weights, config, cos, sin, *, gemm=matmul):
     """One layer, six records on the tape: norm, attention, add, norm, feed-forward, add.
 
     x: (B, T, D)   weights: BlockWeights   cos, sin: (T, R/2), of `position_tables`
-    -> x: (B, T, D)   chosen: the experts of every token, (B, T, top_k) int, or None in a dense layer
+    -> x: (B, T, D)   routed: Routed, or None in a dense layer
 
     Source: DeepSeek-V3, arXiv:2412.19437, fig. 2; pre-norm, no dropout, no bias in any projection.
     """
@@ -48,9 +54,10 @@ def block(x, weights, config, cos, sin, *, gemm=matmul):
     m = rmsnorm(h, weights.g_ffn, eps=config.eps)                                                                   # eq. 4
     if isinstance(weights.ffn, MoEWeights):
         f, chosen = deepseek_moe(m, *weights.ffn, **routing_options(config), b_select=weights.b_select, gemm=gemm)  # eq. 5
+        routed = Routed(chosen, m)
     else:
-        f, chosen = swiglu(m, *weights.ffn, gemm=gemm), None                                                        # eq. 6
-    return add(h, f), chosen                                                                                        # eq. 7
+        f, routed = swiglu(m, *weights.ffn, gemm=gemm), None                                                        # eq. 6
+    return add(h, f), routed                                                                                        # eq. 7
 
 
 def attention_options(config):
@@ -109,8 +116,8 @@ def demo():
     cos, sin = position_tables(config, np.arange(3), np.float64)
     x = Tensor(rng.standard_normal((1, 3, 8)), "x")
     with Tape() as tape:
-        y, chosen = block(x, tensors(weights, constant=CONSTANT), config, cos, sin)
-    print(f"shapes    x {x.data.shape}, {count(weights)} weights -> y {y.data.shape}, chosen {chosen.data.shape}")
+        y, routed = block(x, tensors(weights, constant=CONSTANT), config, cos, sin)
+    print(f"shapes    x {x.data.shape}, {count(weights)} weights -> y {y.data.shape}, chosen {routed.chosen.data.shape}")
     print("records   " + ", ".join(record.name for record in tape.records))
 
     silent = weights._replace(attention=weights.attention._replace(W_O=0 * weights.attention.W_O),

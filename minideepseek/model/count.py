@@ -12,7 +12,7 @@ import sys
 from minideepseek.attention.kv_cache import cached_floats
 from minideepseek.autograd.params import flatten
 from minideepseek.model.block import CONSTANT
-from minideepseek.model.presets import PRESETS, preset
+from minideepseek.model.presets import PRESETS, PUBLISHED, preset
 from minideepseek.model.transformer import model_outline
 
 
@@ -48,14 +48,15 @@ def flops_per_token(config, context=4_096):
     """Floating-point operations of one token's forward pass, an add and a multiply counted as two, with `context` keys to see.
 
     Two for every active number that is multiplied (the embedding is looked up), and per layer, head and key the scores
-    and the weighted sum. Keys and values unpacked, as in training; norms and softmax left out. Backward: twice as much.
+    and the weighted sum. Keys and values unpacked, as in training; a gain counts like a weight, softmax not at all.
+    The mean context of a text is half its length. Backward: twice as much.
     """
     pair = 2 * (config.d_nope + config.d_rope + config.d_value)                             # eq. 4
     return 2 * active(config, embedding=False) + config.n_layers * config.n_heads * pair * context   # eq. 5
 
 
 def cache_bytes_per_token(config, bytes_per_number=2):
-    """What one token leaves in the caches of all layers, in bytes. bytes_per_number: 2 for bfloat16."""
+    """What one token leaves in the caches of the main model's layers, in bytes. bytes_per_number: 2 for bfloat16."""
     floats = cached_floats(config.attention, n_heads=config.n_heads, d_key=config.d_nope + config.d_rope, d_value=config.d_value,
                            n_kv_heads=config.n_kv_heads, kv_rank=config.kv_rank, d_rope=config.d_rope)
     return config.n_layers * floats * bytes_per_number                                      # eq. 6
@@ -93,7 +94,7 @@ def report(name, config):
 
 def demo():
     """Print the counts of the presets named on the command line, or of all, and hold them against the published ones."""
-    for name in sys.argv[1:] or PRESETS:
+    for name in sys.argv[1:] or PUBLISHED:
         try:
             report(name, preset(name))
         except ValueError as error:

@@ -30,10 +30,11 @@ def transformer_decode(ids, weights, config, caches):
     -> logits: (B, T, U)   hidden: (B, T, D), after the final norm
 
     Equal to the last T positions of `transformer` on the whole text, whatever the pieces.
-    Raises ValueError for ids the model refuses, or a text longer than the caches or the position table.
+    Raises ValueError for ids the model refuses, caches that do not fit, or a text longer than they or the position table.
     """
-    start, T = caches[0].length, ids.shape[-1]
     check_ids(ids, config)
+    check_caches(caches, config, weights.E.dtype)
+    start, T = caches[0].length, ids.shape[1]
     if start + T > config.max_positions:
         raise ValueError(f"{start} tokens in the cache and {T} new ones exceed the position table, max_positions = {config.max_positions}")
     cos, sin = position_tables(config, np.arange(start, start + T), weights.E.dtype)        # position = S - T + i   # eq. 1
@@ -42,6 +43,14 @@ def transformer_decode(ids, weights, config, caches):
         x = block_decode(x, layer, config, cos, sin, cache)
     hidden, _ = rmsnorm_forward(x, weights.g_final, eps=config.eps)                         # (B, T, D)
     return hidden @ weights.W_head, hidden
+
+
+def check_caches(caches, config, dtype):
+    """Raises ValueError unless there is a cache for every layer, all of one length and of the weights' dtype."""
+    lengths, dtypes = {cache.length for cache in caches}, {cache.c_kv.dtype for cache in caches}
+    if len(caches) != config.n_layers or len(lengths) != 1 or dtypes != {dtype}:
+        raise ValueError(f"caches: {len(caches)} of lengths {sorted(lengths)} and dtypes {sorted(map(str, dtypes))}; expected {config.n_layers}, "
+                         f"one for each layer, of one length and of dtype {dtype}")
 
 
 def block_decode(x, weights, config, cos, sin, cache):

@@ -28,7 +28,8 @@ def generate(prompt, weights, config, *, max_new_tokens, temperature=0.0, top_k=
     prompt = np.asarray(prompt)
     if prompt.ndim != 1 or prompt.size == 0:
         raise ValueError(f"prompt has shape {prompt.shape}: it must be a row of at least one token")
-    _check(max_new_tokens=(max_new_tokens, max_new_tokens >= 0, "must not be negative"), chunk=(chunk, chunk > 0, "must be positive"))
+    _check(max_new_tokens=(max_new_tokens, _whole(max_new_tokens) and max_new_tokens >= 0, "must be a whole number, not negative"),
+           chunk=(chunk, _whole(chunk) and chunk > 0, "must be a positive whole number"))
     check_options(temperature, top_k, top_p)
     if len(prompt) + max_new_tokens > config.max_positions:
         raise ValueError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed max_positions = {config.max_positions}")
@@ -45,30 +46,31 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     """
     if temperature == 0:
         return np.eye(logits.shape[-1], dtype=logits.dtype)[logits.argmax(axis=-1)]                 # eq. 1
-    p, _ = softmax_forward(logits / temperature)                                                    # (..., U)   # eq. 2
+    p, _ = softmax_forward((logits - logits.max(axis=-1, keepdims=True)) / temperature)             # (..., U)   # eq. 2
     order = np.argsort(-p, axis=-1, kind="stable")                                                  # (..., U)   most likely first
     sorted_p = np.take_along_axis(p, order, axis=-1)                                                # (..., U)
     keep = np.ones(p.shape, bool)                                                                   # (..., U)   in sorted order
     if top_k is not None:
         keep[..., top_k:] = False                                                                   # eq. 3
-    if top_p is not None:
-        before = np.cumsum(sorted_p, axis=-1) - sorted_p                                            # what stands before each
-        keep[..., 1:] &= before[..., 1:] < top_p                                                    # eq. 4
+    if top_p is not None and top_p < 1:
+        keep[..., 1:] &= np.cumsum(sorted_p, axis=-1)[..., :-1] < top_p     # not yet reached by those before   # eq. 4
     kept = np.zeros_like(p)                                                                         # (..., U)
     np.put_along_axis(kept, order, np.where(keep, sorted_p, 0), axis=-1)
     return kept / kept.sum(axis=-1, keepdims=True)                                                  # eq. 5
 
 
 def draw(p, rng):
-    """One token from probabilities (U,), by inverting their running sum."""
+    """One token from probabilities (U,), by inverting their running sum. Raises ValueError when they hold nan."""
     total = np.cumsum(p)
+    if not np.isfinite(total[-1]):
+        raise ValueError("the probabilities hold nan: so do the logits they were made from")
     return int(min(np.searchsorted(total, rng.random() * total[-1], side="right"), np.flatnonzero(p)[-1]))     # eq. 6
 
 
 def check_options(temperature, top_k, top_p):
     """Raises ValueError that names the option out of range."""
     _check(temperature=(temperature, 0 <= temperature < np.inf, "must be 0 or a positive number"),
-           top_k=(top_k, top_k is None or top_k >= 1, "must be at least 1"),
+           top_k=(top_k, top_k is None or _whole(top_k) and top_k >= 1, "must be a whole number of at least 1"),
            top_p=(top_p, top_p is None or 0 < top_p <= 1, "must be above 0 and at most 1"))
 
 
@@ -88,6 +90,10 @@ def _tokens(ids, weights, config, max_new_tokens, options, stop, seed, use_cache
             return
         new = np.array([[token]])
         ids = np.concatenate([ids, new], axis=1)
+
+
+def _whole(value):
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _check(**options):

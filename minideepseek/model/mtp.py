@@ -65,7 +65,7 @@ class Prediction(NamedTuple):
     """What one module gives."""
     logits: object               # Tensor (B, T, U)
     hidden: object               # Tensor (B, T, D): what the next module reads
-    chosen: object               # Tensor (B, T, top_k) int, or None
+    routed: object               # block.Routed of its layer, or None
 
 
 def mtp_module(hidden, ahead, weights, E, W_head, config, cos, sin, *, gemm=matmul):
@@ -80,10 +80,10 @@ def mtp_module(hidden, ahead, weights, E, W_head, config, cos, sin, *, gemm=matm
     e = embedding(ahead, E)                                                                                     # eq. 10
     merged = mtp_projection(hidden, e, weights.g_hidden, weights.g_embedding, weights.W_merge, eps=config.eps,
                             embedding_first=config.mtp_embedding_first, gemm=gemm)
-    x, chosen = block(merged, weights.block, config, cos, sin, gemm=gemm)                                       # eq. 11
+    x, routed = block(merged, weights.block, config, cos, sin, gemm=gemm)                                       # eq. 11
     normed = rmsnorm(x, weights.g_final, eps=config.eps)                                                        # eq. 12
     logits = linear(normed, W_head)                                                                             # eq. 13
-    return Prediction(logits, normed if config.mtp_reads_normed else x, chosen)
+    return Prediction(logits, normed if config.mtp_reads_normed else x, routed)
 
 
 def mtp_outline(config):

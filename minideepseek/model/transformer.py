@@ -38,7 +38,7 @@ class Output(NamedTuple):
     logits: Tensor                       # (B, T, U)   position i predicts token i+1
     stream: Tensor                       # (B, T, D)   before the final norm
     hidden: Tensor                       # (B, T, D)   after it: what the head reads
-    chosen: tuple                        # of each layer: (B, T, top_k) int, or None when it is dense
+    routed: tuple                        # of each layer: block.Routed, or None when it is dense
 
 
 class Losses(NamedTuple):
@@ -68,13 +68,13 @@ def transformer(ids, weights, config, *, gemm=matmul):
     check_ids(ids, config)
     cos, sin = position_tables(config, np.arange(ids.shape[1]), _dtype(weights.E))
     x = embedding(ids, weights.E)                                                                                   # eq. 1
-    chosen = []
+    routed = []
     for layer in weights.layers:
-        x, choice = block(x, layer, config, cos, sin, gemm=gemm)                                                    # eq. 2
-        chosen.append(choice)
+        x, route = block(x, layer, config, cos, sin, gemm=gemm)                                                    # eq. 2
+        routed.append(route)
     hidden = rmsnorm(x, weights.g_final, eps=config.eps)                                                            # eq. 3
     logits = linear(hidden, weights.W_head)                                                                         # eq. 4
-    return Output(logits, x, hidden, tuple(chosen))
+    return Output(logits, x, hidden, tuple(routed))
 
 
 def predict_further(out, ids, weights, config, *, gemm=matmul):
@@ -111,6 +111,13 @@ def losses(ids, targets, weights, config, *, gemm=matmul):
     main = cross_entropy(out.logits, targets, ignore_index=IGNORE)                                                  # eq. 7
     further = [cross_entropy(p.logits, targets[:, k + 1:], ignore_index=IGNORE) for k, p in enumerate(predictions)]     # eq. 8
     return Losses(main, tuple(further), out, predictions)
+
+
+def routers(found, weights):
+    """[(Routed, the BlockWeights it belongs to)] of every layer with experts, the modules' last. found: Losses."""
+    blocks = [*weights.layers, *[module.block for module in weights.mtp]]
+    routed = [*found.out.routed, *[prediction.routed for prediction in found.predictions]]
+    return [(route, block) for route, block in zip(routed, blocks, strict=True) if route is not None]
 
 
 def next_token_targets(ids):
@@ -183,10 +190,10 @@ def loss_of_vector(theta, *, ids, config):
 
     theta: (weights,)   ids: (B, T) int   ->   loss: ()   chosen: one (B, T, top_k) for each block with experts
     """
-    found = losses(ids, next_token_targets(ids), _from_vector(theta, config), config)
+    weights = _from_vector(theta, config)
+    found = losses(ids, next_token_targets(ids), weights, config)
     total = sum(seed * loss.data for loss, seed in found.seeds(0.3).items())
-    choices = [*found.out.chosen, *[prediction.chosen for prediction in found.predictions]]
-    return (np.asarray(total, theta.dtype), *[choice.data for choice in choices if choice is not None]), (theta, ids, config)
+    return (np.asarray(total, theta.dtype), *[routed.chosen.data for routed, _ in routers(found, weights)]), (theta, ids, config)
 
 
 def gradient_of_vector(dloss, cache):

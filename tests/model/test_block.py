@@ -21,9 +21,9 @@ def test_a_block_is_six_records(dense, fifth):
     config = Config(**SMALL)
     cos, sin = position_tables(config, np.arange(3), np.float64)
     with Tape() as tape:
-        y, chosen = block(Tensor(np.ones((2, 3, 8))), random_weights(config, dense), config, cos, sin)
+        y, routed = block(Tensor(np.ones((2, 3, 8))), random_weights(config, dense), config, cos, sin)
     assert [r.name for r in tape.records] == ["rmsnorm", "mla", "add", "rmsnorm", fifth, "add"]
-    assert y.data.shape == (2, 3, 8) and (chosen is None if dense else chosen.data.shape == (2, 3, 2))
+    assert y.data.shape == (2, 3, 8) and (routed is None if dense else routed.chosen.data.shape == (2, 3, 2) and routed.x is tape.records[3].outputs[0])
 
 
 def test_each_residual_is_added_once():

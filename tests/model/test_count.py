@@ -6,7 +6,7 @@ import pytest
 from minideepseek.autograd.params import count as numbers
 from minideepseek.model import count
 from minideepseek.model.config import Config
-from minideepseek.model.presets import PRESETS
+from minideepseek.model.presets import PRESETS, PUBLISHED
 from minideepseek.model.transformer import init
 
 SMALL = Config(vocab_size=13, d_model=12, n_layers=3, n_dense_layers=1, d_ff=10, n_heads=2, q_rank=6, kv_rank=5, d_nope=4, d_rope=2, d_value=3,
@@ -14,7 +14,7 @@ SMALL = Config(vocab_size=13, d_model=12, n_layers=3, n_dense_layers=1, d_ff=10,
 
 
 def test_the_published_totals():
-    assert {name: count.total(config) for name, config in PRESETS.items()} == \
+    assert {name: count.total(PRESETS[name]) for name in PUBLISHED} == \
         {"v3": 671_026_404_352, "v2": 235_741_434_880, "v2-lite": 15_706_484_224}
     assert count.parameters(PRESETS["v3"])["mtp"] == 11_610_067_968
 
@@ -29,7 +29,7 @@ def test_active_parameters_under_each_convention(name, everything, no_embedding,
 
 
 def test_attention_per_layer():
-    per_layer = {name: count.parameters(config)["attention"] // config.n_layers for name, config in PRESETS.items()}
+    per_layer = {name: count.parameters(PRESETS[name])["attention"] // PRESETS[name].n_layers for name in PUBLISHED}
     assert per_layer == {"v2-lite": 13_763_072, "v2": 149_227_520, "v3": 187_107_328}
 
 
@@ -71,5 +71,5 @@ def test_the_command(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "v3: 671,026,404,352 parameters" in printed and "11,610,067,968" in printed and "70,272" in printed and "v2" not in printed.split("claim")[0]
     monkeypatch.setattr(sys, "argv", ["count", "v5"])
-    with pytest.raises(SystemExit, match="preset 'v5' does not exist; there are v2-lite, v2, v3"):
+    with pytest.raises(SystemExit, match="preset 'v5' does not exist; there are v2-lite, v2, v3, micro, tiny, small"):
         count.demo()

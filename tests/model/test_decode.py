@@ -62,3 +62,17 @@ def test_beyond_the_cache_and_beyond_the_position_table():
         transformer_decode(ids, weights, config, caches)
     with pytest.raises(ValueError, match="an empty batch"):
         transformer_decode(ids[:, :0], weights, config, caches)
+    with pytest.raises(ValueError, match="ids must be an integer array"):
+        transformer_decode([[1]], weights, config, caches)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda caches: caches[0].truncate(1), r"3 of lengths \[1, 2\]"), (lambda caches: caches.pop(), "2 of lengths .* expected 3"),
+    (lambda caches: caches.clear(), "0 of lengths"), (lambda caches: [setattr(c, "c_kv", c.c_kv.astype("f4")) for c in caches], "float32.* of dtype float64")])
+def test_caches_that_do_not_fit_are_refused(spoil, message):
+    config, weights, ids = model()
+    caches = new_caches(config, 2, 9, np.float64)
+    transformer_decode(ids[:, :2], weights, config, caches)
+    spoil(caches)
+    with pytest.raises(ValueError, match=message):
+        transformer_decode(ids[:, 2:], weights, config, caches)

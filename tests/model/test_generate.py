@@ -50,14 +50,16 @@ def test_it_fills_the_position_table_to_the_last_place():
     ([1.5], {}, "ids must be an integer array"),
     (PROMPT, {"max_new_tokens": 36}, "a prompt of 5 tokens and 36 new ones exceed max_positions = 40"),
     ([1] * 50, {}, "a prompt of 50 tokens and 4 new ones exceed max_positions = 40"),
-    (PROMPT, {"max_new_tokens": -1}, "max_new_tokens = -1 must not be negative"),
+    (PROMPT, {"max_new_tokens": -1}, "max_new_tokens = -1 must be a whole number, not negative"),
     (PROMPT, {"temperature": -0.1}, "temperature = -0.1 must be 0 or a positive number"),
     (PROMPT, {"temperature": float("nan")}, "temperature = nan must be"),
     (PROMPT, {"temperature": float("inf")}, "temperature = inf must be"),
     (PROMPT, {"top_p": 0.0}, "top_p = 0.0 must be above 0 and at most 1"),
     (PROMPT, {"top_p": 1.5}, "top_p = 1.5 must be"),
-    (PROMPT, {"top_k": 0}, "top_k = 0 must be at least 1"),
-    (PROMPT, {"chunk": 0}, "chunk = 0 must be positive"),
+    (PROMPT, {"top_k": 0}, "top_k = 0 must be a whole number of at least 1"),
+    (PROMPT, {"max_new_tokens": 2.0}, "max_new_tokens = 2.0 must be a whole number"),
+    (PROMPT, {"top_k": 2.5}, "top_k = 2.5 must be a whole number"),
+    (PROMPT, {"chunk": 0}, "chunk = 0 must be a positive whole number"),
 ])
 def test_bad_input_is_refused_at_the_call(prompt, options, message):
     with pytest.raises(ValueError, match=message):
@@ -72,6 +74,11 @@ def test_distributions_by_hand():
     np.testing.assert_allclose(distribution(np.log(p), top_p=0.7), [0, 4 / 7, 3 / 7, 0])
     np.testing.assert_allclose(distribution(np.log(p), top_p=0.71), [0, 4 / 9, 3 / 9, 2 / 9])
     np.testing.assert_allclose(distribution(np.log(p), top_p=1e-9), [0, 1, 0, 0])
+    assert distribution(np.log([0.5, 0.2, 0.2, 0.1]), top_p=0.5).tolist() == [1, 0, 0, 0]           # reached exactly is reached
+    assert np.array_equal(distribution(np.append(np.zeros(9), -40.0), top_p=1.0) > 0, np.ones(10, bool))
+    assert distribution(np.array([0.0, -800.0]), temperature=1e-320).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="hold nan"):
+        draw(distribution(np.array([np.nan, 0.0])), np.random.default_rng(0))
     np.testing.assert_allclose(distribution(np.log(p), top_k=3, top_p=0.7), [0, 4 / 7, 3 / 7, 0])
     assert distribution(np.log(p), temperature=0).tolist() == [0, 1, 0, 0]
     assert distribution(np.zeros(4), temperature=0).tolist() == [1, 0, 0, 0] == distribution(np.zeros(4), top_k=1).tolist()

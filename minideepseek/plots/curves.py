@@ -1,0 +1,70 @@
+"""The curves of a run: loss against its floor, learning rate, and how evenly the experts are used.
+
+Derivation: whiteboard/plots/curves.md
+"""
+if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
+    import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"       # told apart by everybody: Okabe and Ito's colours
+
+
+def plot_run(path, steps, *, train_bits, held_steps=(), held_bits=(), floor=None, learning_rate=None, violation=None):
+    """Write a PNG with up to three panels over the step.
+
+    steps: (n,)   train_bits, learning_rate, violation: (n,)   held_steps, held_bits: (m,)   bits per byte; MaxVio
+    floor: bits per byte, or None when nobody knows it
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = 1 + (learning_rate is not None) + (violation is not None)
+    figure, axes = pyplot.subplots(panels, 1, figsize=(7, 2.6 * panels), sharex=True, squeeze=False)
+    axes = list(axes[:, 0])
+    ax = axes.pop(0)
+    ax.plot(steps, train_bits, color=BLUE, linewidth=0.8, label="training batch")
+    if len(held_steps):
+        ax.plot(held_steps, held_bits, color=ORANGE, marker="o", markersize=3, label="held-out")
+    if floor is not None:
+        ax.axhline(floor, color=GREY, linestyle="--", label=f"floor {floor:.3f}")
+    ax.set_ylabel("loss (bits per byte)")
+    ax.set_yscale("log")
+    ax.legend()
+    if learning_rate is not None:
+        ax = axes.pop(0)
+        ax.plot(steps, learning_rate, color=GREEN)
+        ax.set_ylabel("learning rate")
+    if violation is not None:
+        ax = axes.pop(0)
+        ax.plot(steps, violation, color=BLUE, linewidth=0.8)
+        ax.set_ylabel("MaxVio of a batch\n(0: all experts alike)")
+        ax.set_ylim(bottom=0)
+    ax.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def demo():
+    """A made-up run. --plot FILE.png keeps the picture."""
+    steps = np.arange(0, 500, 10)
+    bits = 0.22 + 6 * np.exp(-steps / 60)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(sys.argv[sys.argv.index("--plot") + 1]) if "--plot" in sys.argv[:-1] else Path(folder, "curves.png")
+        plot_run(path, steps, train_bits=bits, held_steps=steps[::10], held_bits=bits[::10] + 0.02, floor=0.22,
+                 learning_rate=np.minimum(steps / 100, 1) * 1e-3, violation=2 * np.exp(-steps / 100))
+        size, start = path.stat().st_size, path.read_bytes()[:8]
+    print(f"shapes    {len(steps)} points, three panels -> {size:,} bytes of PNG")
+    print(f"claim     it is a picture: {start == bytes([137, 80, 78, 71, 13, 10, 26, 10]) and size > 10_000}")
+    assert start[1:4] == b"PNG" and size > 10_000
+
+
+if __name__ == "__main__":
+    from minideepseek.plots.curves import demo  # the imported copy, so that every name exists once
+    demo()

@@ -1,0 +1,237 @@
+"""Pre-training: a run from its first step to its last, in a folder that can be stopped, resumed and read.
+
+Derivation: whiteboard/training/pretrain.md     Source: DeepSeek-V3, arXiv:2412.19437, sec. 4.2
+"""
+if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
+    import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
+
+import contextlib
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from minideepseek.autograd import params
+from minideepseek.interop.safetensors import CheckpointError, replacing
+from minideepseek.model.config import Config
+from minideepseek.model.generate import generate
+from minideepseek.model.transformer import model_outline
+from minideepseek.plots.curves import plot_run
+from minideepseek.tokenizer.bpe import Tokenizer
+from minideepseek.training.adamw import new_state
+from minideepseek.training.allocator import keep_freed_memory
+from minideepseek.training.checkpoint import NAME, Checkpoint, load_checkpoint, save_checkpoint
+from minideepseek.training.data import BEGIN, batch, bits_per_byte, text_data, town_data
+from minideepseek.training.recipe import Recipe
+from minideepseek.training.step import held_out_nats, model_config, new_model, schedules, train_step, trained_arrays
+
+COLUMNS = ("step", "loss", "mtp_loss", "balance", "bits_per_byte", "held_bits_per_byte", "above_floor", "max_violation", "learning_rate", "norm")
+SAMPLE_TOKENS = 160
+
+
+class RunError(ValueError):
+    """A run that cannot begin or go on; the message says why."""
+
+
+class Run:
+    """A run in progress. folder, recipe, config, weights (arrays), state, data, step: the number of the next step."""
+
+    def __init__(self, folder, recipe, data, text=None):
+        self.folder, self.recipe, self.data, self.text, self.step = Path(folder), recipe, data, text, 0
+        self.config = model_config(recipe, data.tokenizer.vocab_size)
+        self.weights, self.state = new_model(recipe, self.config)
+
+    def save(self):
+        """Everything the next step depends on, in one file."""
+        arrays = {f"weights.{name}": leaf for name, leaf in params.flatten(self.weights).items()}
+        arrays |= {f"m.{name}": leaf for name, leaf in self.state.m.items()} | {f"v.{name}": leaf for name, leaf in self.state.v.items()}
+        facts = {"config": self.config.to_dict(), "recipe": self.recipe.to_dict(), "text": self.text, "adamw_step": self.state.step}
+        save_checkpoint(self.folder, Checkpoint(self.step, arrays, facts))
+
+    def restore(self, checkpoint):
+        """Go back to where a checkpoint was written."""
+        flat = {name.removeprefix("weights."): leaf for name, leaf in checkpoint.arrays.items() if name.startswith("weights.")}
+        self.weights = params.unflatten(flat, model_outline(self.config))
+        self.state = new_state(trained_arrays(self.weights))
+        for kind, moments in (("m.", self.state.m), ("v.", self.state.v)):
+            for name, moment in moments.items():
+                moment[...] = checkpoint.arrays[kind + name]
+        self.state.step, self.step = checkpoint.facts["adamw_step"], checkpoint.step
+
+
+def begin(folder, recipe, *, text=None):
+    """A new run in a new folder. Raises RunError for a folder that exists; DataError for a text that cannot be used."""
+    folder = Path(folder)
+    if folder.exists():
+        raise RunError(f"{folder} exists and is not overwritten: choose another folder, or --resume {folder}")
+    data = text_data(text, recipe) if text else town_data(recipe)
+    folder.mkdir(parents=True)
+    run = Run(folder, recipe, data, str(text) if text else None)
+    data.tokenizer.save(folder / "tokenizer.json")
+    with replacing(folder / "run.json") as file:
+        file.write(json.dumps({"recipe": recipe.to_dict(), "config": run.config.to_dict(), "text": run.text}, indent=2).encode())
+    with replacing(folder / "log.csv") as file:
+        file.write((",".join(COLUMNS) + "\n").encode())
+    run.save()
+    return run
+
+
+def resume(folder, recipe=None):
+    """A run where its checkpoint left it. The log is cut back to the checkpoint's step.
+
+    recipe: what the caller expects; None: whatever the run was begun with
+    Raises RunError for a folder that is no run, or one of another recipe (it says which fields differ);
+    CheckpointError for a damaged checkpoint.
+    """
+    folder = Path(folder)
+    if not (folder / "run.json").exists():
+        raise RunError(f"{folder} is not a run: it has no run.json")
+    checkpoint = load_checkpoint(folder)
+    own = Recipe.from_dict(checkpoint.facts["recipe"])
+    if recipe is not None and own != recipe:
+        raise RunError(f"{folder} was begun with another recipe: " + "; ".join(own.differences(recipe)))
+    tokenizer, text = Tokenizer.load(folder / "tokenizer.json"), checkpoint.facts["text"]
+    data = text_data(text, own, tokenizer) if text else town_data(own, tokenizer)
+    run = Run(folder, own, data, text)
+    run.restore(checkpoint)
+    rows = (folder / "log.csv").read_text().splitlines(keepends=True)
+    kept = rows[:1] + [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) < checkpoint.step]
+    with replacing(folder / "log.csv") as file:
+        file.write("".join(kept).encode())
+    return run
+
+
+def train(run, *, say=print, live=None, workers=None, stop_at=None):
+    """Train to the last step of the recipe; save now and then, at the end, and on Ctrl-C.
+
+    say: prints a line   live: overwrites one line on a terminal; None: a line now and then instead
+    workers: how many pieces of a batch are computed at the same time; None: one for each core
+    stop_at: stop, saved, before this step. Returns True when the run is complete.
+    Raises TrainingError when a loss or a gradient is not finite; the last checkpoint stands.
+    """
+    recipe, data, began, first = run.recipe, run.data, time.perf_counter(), run.step
+    keep_freed_memory()
+    workers = min(recipe.pieces, workers or os.cpu_count() or 1)
+    floor = data.floor or 0.0
+    per_token = data.held_bytes / (data.held_targets >= 0).sum()          # bytes, on average
+    last = recipe.steps if stop_at is None else min(stop_at, recipe.steps)
+    with ThreadPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool, open(run.folder / "log.csv", "a", newline="") as log:
+        try:
+            while run.step < last:
+                step = run.step
+                tokens, targets = batch(data, recipe, step)
+                report = train_step(run.weights, run.state, tokens, targets, step=step, config=run.config, recipe=recipe, workers=pool)
+                run.step += 1
+                done = run.step == recipe.steps
+                held = _held_bits(run) if done or run.step % recipe.evaluate_every == 0 else None
+                if held is not None or step % recipe.log_every == 0:
+                    bits = bits_per_byte(report.main, per_token)
+                    row = (step, report.main, float(np.mean(report.mtp or 0.0)), report.balance, bits, held, None if held is None or data.floor is None else held - floor,
+                           float(np.mean(report.violations or 0.0)), schedules(step, recipe)["lr"], report.norm)
+                    csv.writer(log, lineterminator="\n").writerow([step, *["" if value is None else repr(float(value)) for value in row[1:]]])
+                    log.flush()
+                    _show(run, bits, held, first, began, live, say)
+                if held is not None:
+                    _sample(run, held)
+                if done or run.step % recipe.save_every == 0:
+                    run.save()
+        except KeyboardInterrupt:
+            pass
+        if run.step < recipe.steps:
+            run.save()
+            say(f"\nstopped at step {run.step} of {recipe.steps}, saved. To go on: python -m minideepseek train --resume {run.folder}")
+            return False
+    draw_curves(run.folder)
+    return True
+
+
+def draw_curves(folder):
+    """Draw curves.png from log.csv."""
+    with open(Path(folder) / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    column = lambda name: np.array([float(row[name]) for row in rows])
+    held = [row for row in rows if row["held_bits_per_byte"]]
+    floors = [float(row["held_bits_per_byte"]) - float(row["above_floor"]) for row in held if row["above_floor"]]
+    plot_run(Path(folder) / "curves.png", column("step"), train_bits=column("bits_per_byte"), held_steps=[float(row["step"]) for row in held],
+             held_bits=[float(row["held_bits_per_byte"]) for row in held], floor=floors[-1] if floors else None,
+             learning_rate=column("learning_rate"), violation=column("max_violation"))
+
+
+def load_run(folder):
+    """(Config, weights, Tokenizer) of a run, for generation and export. Raises as `resume` does."""
+    folder = Path(folder)
+    if not (folder / "run.json").exists():
+        raise RunError(f"{folder} is not a run: it has no run.json")
+    checkpoint = load_checkpoint(folder)
+    config = Config.from_dict(checkpoint.facts["config"])
+    flat = {name.removeprefix("weights."): leaf for name, leaf in checkpoint.arrays.items() if name.startswith("weights.")}
+    return config, params.unflatten(flat, model_outline(config)), Tokenizer.load(folder / "tokenizer.json")
+
+
+def story(weights, config, tokenizer, *, prompt="", seed=0, temperature=1.0, max_new_tokens=SAMPLE_TOKENS, **options):
+    """An iterator over the text that a model tells, piece by piece, until it would begin another story."""
+    begin = tokenizer.special[BEGIN]
+    ids = np.concatenate([[begin], tokenizer.encode(prompt)]).astype(np.int64)
+    for token in generate(ids, weights, config, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=[begin], **options):
+        if token == begin:
+            return
+        yield tokenizer.token_bytes(token).decode("utf-8", errors="replace")
+
+
+def _held_bits(run):
+    nats, _ = held_out_nats(run.data.held_tokens, run.data.held_targets, run.weights, run.config)
+    return bits_per_byte(nats, run.data.held_bytes)
+
+
+def _sample(run, held):
+    text = "".join(story(run.weights, run.config, run.data.tokenizer, seed=run.step))
+    (run.folder / "samples").mkdir(exist_ok=True)
+    with replacing(run.folder / "samples" / f"step_{run.step:06d}.txt") as file:
+        file.write(f"after {run.step} steps, {held:.3f} bits per byte held out\n\n{text.rstrip()}\n".encode())
+
+
+def _show(run, bits, held, first, began, live, say):
+    """The live line, or a plain one at every evaluation."""
+    seconds = time.perf_counter() - began
+    rate = (run.step - first) * run.recipe.batch * run.recipe.length / seconds
+    left = seconds / (run.step - first) * (run.recipe.steps - run.step)
+    floor = run.data.floor
+    above = f"{bits - floor:+.3f} above the floor" if floor is not None else f"{bits:.3f}"
+    line = (f"step {run.step:5d}/{run.recipe.steps}  bits per byte: batch {above}" + (f", held-out {held - (floor or 0):+.3f}" if held is not None else "")
+            + f"  lr {schedules(run.step - 1, run.recipe)['lr']:.1e}  {rate:,.0f} tokens/s  {left:.0f} s left")
+    if live and held is None:
+        live(line)
+    elif live or held is not None or run.step == 1:
+        say(("\r\033[K" if live else "") + line)
+
+
+def demo():
+    """A run of twelve steps, stopped in the middle and resumed: the same bytes as the run that was never stopped."""
+    recipe = Recipe(model="micro", steps=12, batch=2, length=32, corpus_bytes=20_000, vocab_size=300, warmup=2, decay=6, gamma_off=2, log_every=1,
+                    evaluate_every=12, save_every=5, evaluation_stories=4)
+    quiet = lambda line: None
+    with tempfile.TemporaryDirectory() as parent:
+        whole, cut = begin(Path(parent, "whole"), recipe), begin(Path(parent, "cut"), recipe)
+        train(whole, say=quiet, workers=1)
+        train(cut, say=quiet, workers=1, stop_at=7)
+        train(resume(Path(parent, "cut"), recipe), say=quiet, workers=2)
+        files = sorted(path.name for path in Path(parent, "whole").iterdir())
+        same = [Path(parent, "whole", name).read_bytes() == Path(parent, "cut", name).read_bytes() for name in (NAME, "log.csv")]
+        print("shapes    a run's folder:", *files)
+        print("log      ", *Path(parent, "cut", "log.csv").read_text().splitlines()[:2], sep="\n          ")
+    print(f"claim     stopped at step 7 and resumed with other workers: checkpoint and log are the same bytes: {all(same)}")
+    assert all(same)
+
+
+if __name__ == "__main__":
+    from minideepseek.training.pretrain import demo  # the imported copy, so that every name exists once
+    demo()

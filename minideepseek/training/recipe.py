@@ -1,0 +1,130 @@
+"""The recipe of a run: every number that training needs beside the model, checked when it is made, and named presets.
+
+Derivation: whiteboard/training/recipe.md     Source: DeepSeek-V3, arXiv:2412.19437, sec. 4.2, for the kinds of numbers
+"""
+if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
+    import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
+
+import dataclasses
+import math
+
+
+class RecipeError(ValueError):
+    """A recipe no run can have; the message names the field and the value received."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train. Raises RecipeError at construction for a value that breaks a rule."""
+    model: str = "tiny"              # a preset of model/presets.py
+    seed: int = 0
+    steps: int = 1_200
+    batch: int = 8                   # windows per step
+    length: int = 128                # tokens in a window
+    pieces: int = 2                  # the batch is cut into; their gradients add up, in order, whoever computes them
+    corpus_bytes: int = 4_000_000    # of town stories; with a text file, all of it
+    vocab_size: int = 512            # of the tokenizer, special tokens included
+
+    init_std: float = 0.02
+    peak: float = 3e-3               # learning rate
+    warmup: int = 60                 # steps
+    decay: int = 800                 # the last steps, in which it falls
+    floor: float = 1e-4              # what it falls to
+    weight_decay: float = 0.1
+    clip: float = 1.0                # largest global norm of the gradient
+
+    balance: str = "bias"            # bias: loss-free, with a weak sequence-wise loss; aux: that loss alone; none
+    gamma: float = 0.01              # speed of the selection bias; V3: 0.001, over far more steps
+    gamma_off: int = 100             # the last steps, in which it stands still
+    balance_weight: float = 1e-4     # alpha of the sequence-wise loss
+    n_mtp: int = 1
+    mtp_first: float = 0.3           # weight of the modules' loss ...
+    mtp_then: float = 0.1            # ... and in the last third
+
+    log_every: int = 10
+    evaluate_every: int = 200
+    save_every: int = 200
+    evaluation_stories: int = 256
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if kind is float:
+                fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            else:
+                fits = type(value) is kind
+            self._rule(fits, field.name, f"must be {({int: 'a whole number', float: 'a finite number', str: 'a string'}[kind])}")
+        for name in ("steps", "batch", "length", "pieces", "corpus_bytes", "warmup", "log_every", "evaluate_every", "save_every", "evaluation_stories",
+                     "init_std", "peak", "clip"):
+            self._rule(getattr(self, name) > 0, name, "must be positive")
+        for name in ("seed", "decay", "floor", "weight_decay", "gamma", "gamma_off", "balance_weight", "n_mtp", "mtp_first", "mtp_then"):
+            self._rule(getattr(self, name) >= 0, name, "must not be negative")
+        self._rule(self.batch % self.pieces == 0, "pieces", f"does not divide batch = {self.batch}")
+        self._rule(self.floor <= self.peak, "floor", f"exceeds peak = {self.peak}")
+        self._rule(self.length > self.n_mtp + 1, "length", f"is too short for n_mtp = {self.n_mtp} modules")
+        self._rule(self.balance in ("bias", "aux", "none"), "balance", "must be one of bias, aux, none")
+
+    def _rule(self, holds, name, message):
+        if not holds:
+            raise RecipeError(f"{name} = {getattr(self, name)!r} {message}")
+
+    def with_steps(self, steps):
+        """The same recipe, its schedules stretched to another number of steps."""
+        scale = steps / self.steps
+        return dataclasses.replace(self, steps=steps, warmup=max(1, min(self.warmup, steps // 4)), decay=min(steps, round(self.decay * scale)),
+                                   gamma_off=round(self.gamma_off * scale))
+
+    def to_dict(self):
+        """All fields, as plain numbers and strings."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields):
+        """A recipe from a dictionary. Raises RecipeError that lists the unknown fields."""
+        unknown = sorted(map(str, fields.keys() - {field.name for field in dataclasses.fields(cls)}))
+        if unknown:
+            raise RecipeError(f"unknown fields: {', '.join(unknown)}")
+        return cls(**fields)
+
+    def differences(self, other):
+        """['steps: 100 here, 200 there', ...]: the fields in which two recipes differ."""
+        here, there = self.to_dict(), other.to_dict()
+        return [f"{name}: {here[name]!r} here, {there[name]!r} there" for name in here if here[name] != there[name]]
+
+
+RECIPES = {
+    "micro": Recipe(model="micro", steps=500, decay=400, corpus_bytes=1_500_000, gamma_off=50, evaluate_every=250, save_every=250),
+    "tiny": Recipe(),
+    "small": Recipe(model="small", steps=3_000, length=256, decay=2_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=200,
+                    evaluate_every=500, save_every=250),
+}
+
+
+def recipe(name):
+    """The recipe of a name. Raises RecipeError that lists the names there are."""
+    if name not in RECIPES:
+        raise RecipeError(f"preset {name!r} does not exist; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def demo():
+    """The presets side by side, and two recipes no run can have."""
+    fields = ("model", "steps", "batch", "length", "vocab_size", "peak", "gamma")
+    print("preset   ", " ".join(f"{field:>10s}" for field in fields))
+    for name, one in RECIPES.items():
+        print(f"{name:9s}", " ".join(f"{getattr(one, field)!s:>10s}" for field in fields))
+    refused = 0
+    for wrong in ({"batch": 8, "pieces": 3}, {"peak": math.nan}):
+        try:
+            Recipe(**wrong)
+        except RecipeError as error:
+            refused += 1
+            print("refused  ", error)
+    same = Recipe.from_dict(RECIPES["small"].to_dict()) == RECIPES["small"]
+    print(f"claim     {refused} of 2 refused; a recipe survives the way through a dictionary: {same}")
+    assert refused == 2 and same
+
+
+if __name__ == "__main__":
+    from minideepseek.training.recipe import demo  # the imported copy, so that every name exists once
+    demo()
