@@ -1,49 +1,148 @@
-"""The command line: python -m minideepseek blank | check | parity."""
+"""The command line: python -m minideepseek train | generate | export | parity | check | blank."""
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy comes: the pieces of a batch run side by side instead
+
 import argparse
+import dataclasses
+import itertools
+import shutil
 import sys
+from pathlib import Path
 
 from minideepseek.classroom.blank import ExerciseError, blank
 from minideepseek.classroom.check import check_all, check_file
-from minideepseek.interop import parity
+from minideepseek.interop import huggingface, parity
 from minideepseek.interop.safetensors import CheckpointError
+from minideepseek.tokenizer.bpe import TokenizerError
+from minideepseek.training import pretrain
+from minideepseek.training.data import DataError
+from minideepseek.training.recipe import RECIPES, RecipeError, recipe
+from minideepseek.training.step import TrainingError
 
 FIRST_COMMANDS = """\
 minideepseek: DeepSeek-V3 in plain NumPy, every backward pass by hand. Three commands to begin with:
 
+  python -m minideepseek train            train a small model in a few minutes, and watch it learn
+  python -m minideepseek generate RUN     what it tells now; RUN is the folder that train named
   python -m minideepseek check            the gradient table: every component against finite differences
-  python -m minideepseek blank rmsnorm    your first exercise: rmsnorm without its backward
-  python -m minideepseek check FILE       check what you wrote
 """
+WRONG_INPUT = (ExerciseError, CheckpointError, TokenizerError, DataError, RecipeError, pretrain.RunError, OSError)
 
 
 def main(argv=None):
-    """Run one command; return its exit code: 0 right, 1 wrong, 2 a command or file that cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m minideepseek")
-    commands = parser.add_subparsers(dest="command")
-    blank_parser = commands.add_parser("blank", help="write a copy of a component with a function left to you")
-    blank_parser.add_argument("file", help="rmsnorm, basics/rmsnorm or a path")
-    blank_parser.add_argument("function", nargs="?", help="rmsnorm_forward or rmsnorm_backward; default: every backward")
-    blank_parser.add_argument("--out", help="where to write it; default: <name>_exercise.py here")
-    check_parser = commands.add_parser("check", help="check a component or an exercise; without a file, all components")
-    check_parser.add_argument("file", nargs="?")
-    check_parser.add_argument("--seeds", type=int, default=3, help="how many random draws of every case, for the table of all components")
-    parity_parser = commands.add_parser("parity", help="compare checkpoint folders with the golden.npz in each")
-    parity_parser.add_argument("folder", nargs="+")
-    parity_parser.add_argument("--every", action="store_true", help="a line for every comparison")
-    options = parser.parse_args(argv)
+    """Run one command; return its exit code: 0 right, 1 wrong, 2 a command, file or option that cannot be used."""
+    options = _parser().parse_args(argv)
+    if options.command is None:
+        print(FIRST_COMMANDS, end="")
+        return 0
     try:
-        if options.command == "blank":
-            out, functions = blank(options.file, options.function, options.out)
-            print(f"{out}: write {' and '.join(functions)}, then run: python -m minideepseek check {out}")
-        elif options.command == "check":
-            return check_file(options.file) if options.file else check_all(range(options.seeds))
-        elif options.command == "parity":
-            return parity.report(options.folder, every=options.every)
-        else:
-            print(FIRST_COMMANDS, end="")
-    except (ExerciseError, CheckpointError, OSError) as error:
+        return options.run(options)
+    except WRONG_INPUT as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"training stopped: {error}; the last checkpoint stands", file=sys.stderr)
+        return 1
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m minideepseek")
+    commands = parser.add_subparsers(dest="command")
+
+    def command(name, run, help):
+        one = commands.add_parser(name, help=help)
+        one.set_defaults(run=run)
+        return one
+
+    one = command("train", _train, "train a model from text")
+    one.add_argument("--preset", default="tiny", help=f"{', '.join(RECIPES)}; default: tiny")
+    one.add_argument("--text", help="a UTF-8 text file; default: stories of the town, whose entropy is known")
+    one.add_argument("--steps", type=int, help="how many steps, instead of the preset's")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--out", help="a new folder for the run; default: runs/<preset>-0 or the next number")
+    one.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
+    one.add_argument("--workers", type=int, help="pieces of a batch at the same time; default: one for each core")
+
+    one = command("generate", _generate, "what a trained model tells")
+    one.add_argument("folder", metavar="RUN")
+    one.add_argument("--prompt", default="", help="how the text begins")
+    one.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely token")
+    one.add_argument("--top-k", type=int)
+    one.add_argument("--top-p", type=float)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--max-new-tokens", type=int, default=300)
+
+    one = command("export", _export, "write a run in the public checkpoint layout")
+    one.add_argument("folder", metavar="RUN")
+    one.add_argument("out", metavar="FOLDER", help="a new folder")
+    one.add_argument("--fp8", action="store_true", help="matrices as float8_e4m3fn with a scale per block")
+
+    one = command("parity", lambda o: parity.report(o.folder, every=o.every), "compare checkpoint folders with the golden.npz in each")
+    one.add_argument("folder", nargs="+")
+    one.add_argument("--every", action="store_true", help="a line for every comparison")
+
+    one = command("check", lambda o: check_file(o.file) if o.file else check_all(range(o.seeds)), "check a component or an exercise; without a file, all components")
+    one.add_argument("file", nargs="?")
+    one.add_argument("--seeds", type=int, default=3, help="how many random draws of every case, for the table of all components")
+
+    one = command("blank", _blank, "write a copy of a component with a function left to you")
+    one.add_argument("file", help="rmsnorm, basics/rmsnorm or a path")
+    one.add_argument("function", nargs="?", help="rmsnorm_forward or rmsnorm_backward; default: every backward")
+    one.add_argument("--out", help="where to write it; default: <name>_exercise.py here")
+    return parser
+
+
+def _train(options):
+    if options.resume:
+        run = pretrain.resume(options.resume)
+    else:
+        chosen = dataclasses.replace(recipe(options.preset), seed=options.seed)
+        if options.steps is not None:
+            if options.steps < 1:
+                raise RecipeError(f"steps = {options.steps} must be positive")
+            chosen = chosen.with_steps(options.steps)
+        print(f"preparing the text and its tokenizer", flush=True)
+        run = pretrain.begin(options.out or _next_folder(options.preset), chosen, text=options.text)
+    live = (lambda line: print(f"\r\033[K{line}", end="", flush=True)) if sys.stdout.isatty() else None
+    floor = run.data.floor
+    print(f"{run.folder}: {len(run.data.ids):,} tokens, {run.recipe.steps} steps" + (f", floor {floor:.3f} bits per byte" if floor else ""), flush=True)
+    if pretrain.train(run, live=live, workers=options.workers, say=lambda line: print(line, flush=True)):
+        print(f"done. python -m minideepseek generate {run.folder}")
+    return 0
+
+
+def _next_folder(name):
+    """runs/tiny-0, or the first number that is free."""
+    return next(path for path in (Path("runs", f"{name}-{n}") for n in itertools.count()) if not path.exists())
+
+
+def _generate(options):
+    config, weights, tokenizer = pretrain.load_run(options.folder)
+    try:
+        pieces = pretrain.story(weights, config, tokenizer, prompt=options.prompt, temperature=options.temperature, top_k=options.top_k,
+                                top_p=options.top_p, seed=options.seed, max_new_tokens=options.max_new_tokens)
+        print(options.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print()
+    return 0
+
+
+def _export(options):
+    config, weights, _ = pretrain.load_run(options.folder)
+    huggingface.save(options.out, config, weights, fp8=options.fp8)
+    shutil.copy(Path(options.folder, "tokenizer.json"), options.out)
+    print(f"{options.out}: config.json, model.safetensors, tokenizer.json")
+    return 0
+
+
+def _blank(options):
+    out, functions = blank(options.file, options.function, options.out)
+    print(f"{out}: write {' and '.join(functions)}, then run: python -m minideepseek check {out}")
     return 0
 
 

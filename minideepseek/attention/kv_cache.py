@@ -13,7 +13,11 @@ def cached_floats(attention, *, n_heads, d_key, d_value, n_kv_heads=None, kv_ran
 
     attention: mha, gqa, mqa or mla   d_key: of a whole key, with and without position   n_kv_heads: for gqa
     kv_rank, d_rope: for mla, which keeps a latent and one key with position for all heads, never keys or values.
+    Raises ValueError for another kind, or when one of its numbers is missing.
     """
+    wanted = {"mla": ("kv_rank", kv_rank, "d_rope", d_rope), "gqa": ("n_kv_heads", n_kv_heads), "mha": (), "mqa": ()}
+    if attention not in wanted or None in wanted[attention]:
+        raise ValueError(f"attention = {attention!r} with {wanted.get(attention, 'nothing known')}: it must be one of {', '.join(wanted)}, with these given")
     if attention == "mla":
         return kv_rank + d_rope                                         # eq. 1
     heads = {"mha": n_heads, "gqa": n_kv_heads, "mqa": 1}[attention]
@@ -38,6 +42,8 @@ class LatentCache:
         """
         batch, capacity, _ = self.c_kv.shape
         end = self.length + c_kv.shape[1]
+        if c_kv.shape != (*c_kv.shape[:2], self.c_kv.shape[2]) or k_rope.shape != (*c_kv.shape[:2], self.k_rope.shape[2]):
+            raise ValueError(f"c_kv {c_kv.shape} and k_rope {k_rope.shape} must be (B, T, {self.c_kv.shape[2]}) and (B, T, {self.k_rope.shape[2]})")
         if len(c_kv) != batch or end > capacity:
             raise ValueError(f"the cache holds {batch} sequences of {capacity} tokens, {self.length} are filled: "
                              f"{c_kv.shape[1]} more of {len(c_kv)} sequences do not fit")

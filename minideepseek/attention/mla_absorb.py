@@ -1,6 +1,6 @@
 """Absorbed latent attention: decode on the latent itself, without ever rebuilding a key or a value.
 
-Derivation: whiteboard/attention/mla_absorb.md     Source: DeepSeek-V2, arXiv:2405.04434, sec. 2.1.2
+Derivation: whiteboard/attention/mla_absorb.md     Source: DeepSeek-V2, arXiv:2405.04434, sec. 2.1.3
 """
 if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]

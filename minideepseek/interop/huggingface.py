@@ -23,6 +23,7 @@ from minideepseek.model.transformer import init, model_outline
 from minideepseek.precision.tiles import E4M3, dequantise_blocks, quantise_blocks
 
 FLOATS = [np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
+SCALES = [*FLOATS, np.dtype(ml_dtypes.float8_e8m0fnu)]
 HIGH_PRECISION = ("norm", "embed_tokens", "lm_head", "mlp.gate.", "eh_proj")     # what an FP8 checkpoint does not quantise
 
 
@@ -33,6 +34,8 @@ def load(folder, dtype=np.float32):
     Raises CheckpointError for a configuration we cannot have, or tensors that are missing, unexpected or of another
     shape or dtype, listed by name; OSError when a file cannot be opened.
     """
+    if np.dtype(dtype) not in (np.float32, np.float64):
+        raise ValueError(f"dtype = {np.dtype(dtype)} must be float32 or float64")
     path = Path(folder) / "config.json"
     config, blocks, tensors = read_config(path), read_blocks(path), open_folder(folder)
     form = model_outline(config)
@@ -54,17 +57,23 @@ def save(folder, config, weights, *, dtype=np.float32, fp8=False, overwrite=Fals
     OSError (a full disk) after removing what was begun.
     """
     folder, weights = Path(folder), params.arrays(weights)
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists: choose another folder, or say overwrite=True")
+    if folder.exists() and not (overwrite and folder.is_dir() and not folder.is_symlink()):
+        raise FileExistsError(f"{folder} exists: choose another folder, or say overwrite=True" if not overwrite else f"{folder} exists and is no folder")
+    if np.dtype(dtype) not in FLOATS:
+        raise ValueError(f"dtype = {np.dtype(dtype)} must be one of {', '.join(d.name for d in FLOATS)}")
+    try:
+        params.unflatten(params.flatten(weights), model_outline(config))
+    except ValueError as error:
+        raise CheckpointError(f"these weights are not those of this configuration: {error}") from None
     blocks = (128, 128) if fp8 else None
     public = write_config(config, dtype=np.dtype(dtype).name, blocks=blocks)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    begun = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    begun = folder.with_name(f".{folder.name}.{os.getpid()}.begun")
+    begun.mkdir()
     try:
         with replacing(begun / "config.json") as file:
             file.write(json.dumps(public, indent=2).encode("utf-8"))
         write(begun / "model.safetensors", public_tensors(weights, dtype, blocks))
-        begun.chmod(0o755)
         _put_in_place(begun, folder)
     except BaseException:
         shutil.rmtree(begun, ignore_errors=True)
@@ -74,16 +83,16 @@ def save(folder, config, weights, *, dtype=np.float32, fp8=False, overwrite=Fals
 def _put_in_place(begun, folder):
     """Give a finished folder its name. A folder that has the name steps aside first, and comes back when this fails."""
     aside = begun.with_name(begun.name + ".replaced")
-    if folder.exists():
-        os.replace(folder, aside)
     try:
+        if folder.exists():
+            os.replace(folder, aside)
         os.replace(begun, folder)
     except BaseException:
-        if aside.exists():
+        if aside.exists() and not folder.exists():
             os.replace(aside, folder)
         raise
-    sync_folder(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(folder.parent)
 
 
 def public_tensors(weights, dtype=np.float32, blocks=None):
@@ -92,7 +101,8 @@ def public_tensors(weights, dtype=np.float32, blocks=None):
     for entry in layout(weights):
         array = entry.pack(flat)
         if blocks is None or array.ndim != 2 or any(part in entry.name for part in HIGH_PRECISION):
-            tensors[entry.name] = array.astype(dtype)
+            wide = np.promote_types(dtype, np.float32) if entry.name.endswith("_bias") else dtype       # a small step of a bias would be lost
+            tensors[entry.name] = array.astype(wide)
         else:
             tensors[entry.name], tensors[entry.name + "_scale_inv"] = quantise_blocks(array, blocks)
     return tensors
@@ -115,8 +125,11 @@ def _read(folder, name, tensors, shape, blocks, dtype):
     if array.dtype == E4M3 and blocks is not None:
         if name + "_scale_inv" not in tensors:
             raise CheckpointError(f"{folder}: {name} is stored in FP8, but its scales {name}_scale_inv are missing")
+        scale = tensors[name + "_scale_inv"]
+        if scale.dtype not in SCALES:
+            raise CheckpointError(f"{folder}: {name}_scale_inv is of dtype {scale.dtype}, expected one of {', '.join(d.name for d in SCALES)}")
         try:
-            return dequantise_blocks(array, tensors[name + "_scale_inv"], blocks, dtype)
+            return dequantise_blocks(array, scale, blocks, dtype)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {name}: {error}") from None
     if array.dtype not in FLOATS:
@@ -130,11 +143,12 @@ def _compare_names(folder, expected, tensors, config):
     """Every expected tensor is there, and nothing else: but a scale beside FP8, and a module's copies of shared tables."""
     held = sum(name.endswith(".eh_proj.weight") for name in tensors)
     if held != config.n_mtp:
-        raise CheckpointError(f"{folder}: config.json announces {config.n_mtp} prediction modules (num_nextn_predict_layers), the weights hold {held}")
+        raise CheckpointError(f"{folder}: config.json announces {config.n_mtp} prediction modules (num_nextn_predict_layers), the weights hold {held}"
+                              + ("; write 0 there to load the main model alone" if held == 0 else ""))
     copies = {f"model.layers.{config.n_layers + k}.{name}": original for k in range(config.n_mtp) for name, original in SHARED.items()}
-    found = {name for name in tensors if tensors[name].size and not (
+    found = {name for name in tensors if not (
         name in copies or name.endswith("_scale_inv") and tensors.get(name.removesuffix("_scale_inv"), np.empty(0)).dtype == E4M3)}
-    missing, extra = sorted(expected - found), sorted(found - expected)
+    missing, extra = sorted(expected - found), sorted(name for name in found - expected if tensors[name].size)
     if missing or extra:
         lists = [f"{what}: {', '.join(names[:20])}" + (f" and {len(names) - 20} more" if len(names) > 20 else "")
                  for what, names in (("missing tensors", missing), ("unexpected tensors", extra)) if names]

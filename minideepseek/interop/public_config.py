@@ -25,10 +25,12 @@ YARN = {"yarn_factor": "factor", "yarn_original": "original_max_position_embeddi
         "yarn_beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
 READ = {"model_type", "scoring_func", "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "topk_method", "rope_interleave",
         "num_nextn_predict_layers", "mtp_hidden_states_first", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta", "num_key_value_heads", *FIELDS.values()}
+OTHERS = {"n_groups": "n_group", "n_groups_kept": "topk_group", "n_dense_layers": "first_k_dense_replace", "n_mtp": "num_nextn_predict_layers",
+          "rope_base": "rope_theta", "normalise": "norm_topk_prob", "rope_interleaved": "rope_interleave"}
 FIXED = {                # keys with the one value that this model has
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False, "moe_layer_freq": 1,
 }
-WITHOUT_EFFECT = {       # on what the model computes
+WITHOUT_EFFECT = {       # on what the model computes (but the public code gives the embedding of pad_token_id no gradient)
     "architectures", "auto_map", "attention_dropout", "aux_loss_alpha", "bos_token_id", "dtype", "eos_token_id", "ep_size", "head_dim",
     "initializer_range", "output_router_logits", "pad_token_id", "pretraining_tp", "qk_head_dim", "router_aux_loss_coef", "seq_aux", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
 }
@@ -65,7 +67,7 @@ def read_config(path):
         return Config(**fields)
     except ConfigError as error:
         ours = str(error).split(" ")[0]
-        theirs = (FIELDS | YARN).get(ours)
+        theirs = (FIELDS | YARN | OTHERS).get(ours)
         raise CheckpointError(f"{path}: {error}" + (f" ({ours} is its {theirs})" if theirs not in (None, ours) else "")) from None
 
 
@@ -149,6 +151,8 @@ def write_config(config, *, dtype="float32", blocks=None):
     dtype: of the stored weights   blocks: (rows, columns) when matrices are stored in FP8
     Raises CheckpointError for a model that the public layout cannot describe.
     """
+    if config.attention != "mla":
+        raise CheckpointError(f"attention = {config.attention!r}: the public layout has latent attention only")
     v3 = config.scoring == "sigmoid"
     v2_cannot = {"normalise": config.normalise, "n_mtp": config.n_mtp > 0, "rope_interleaved": not config.rope_interleaved}
     for name, cannot in (v2_cannot if not v3 else {"mtp_reads_normed": config.n_mtp and not config.mtp_reads_normed}).items():

@@ -10,19 +10,19 @@ import numpy as np
 
 E4M3 = ml_dtypes.float8_e4m3fn
 E4M3_MAX = 448.0         # the largest value; ml_dtypes turns what is beyond 464 into nan, so casts clamp first
-SMALLEST_AMAX = 1e-4     # a block of zeros gets this one's scale, as in the released code
+SMALLEST_AMAX = 1e-4     # what a block counts as at least, zeros among them: the released code's floor for activations
 
 
 def quantise_blocks(x, block=(128, 128)):
-    """Scale every block so that its largest entry becomes 448, and round to E4M3: x ~ q * scale.
+    """Scale every block so that its largest entry becomes 448 (or less, when it is below 1e-4), and round to E4M3: x ~ q * scale.
 
     x: (m, n) float   block: rows and columns of a block; the last ones may be ragged
     -> q: (m, n) float8_e4m3fn   scale: (ceil(m / rows), ceil(n / columns)) float32, to be multiplied
     Raises ValueError for an array that is not a matrix, or holds nan or inf.
     """
     x = np.asarray(x)
-    if x.ndim != 2 or not np.isfinite(x).all():
-        raise ValueError(f"x {x.shape} must be a matrix of finite numbers")
+    if x.ndim != 2 or not (np.abs(x) <= np.finfo(np.float32).max).all():
+        raise ValueError(f"x {x.shape} must be a matrix of numbers that float32 can hold")
     starts = [np.arange(0, n, size) for n, size in zip(x.shape, block)]
     rows = np.maximum.reduceat(np.abs(x), starts[0], axis=0)
     amax = np.maximum.reduceat(rows, starts[1], axis=1).astype(np.float32)      # (blocks down, blocks across)
@@ -39,8 +39,10 @@ def dequantise_blocks(q, scale, block=(128, 128), dtype=np.float32):
     public code does: four significant bits times the 24 of a scale do not always fit
     Raises ValueError when the scales do not fit the blocks.
     """
+    if q.ndim != 2:
+        raise ValueError(f"q has shape {q.shape}: blocks are those of a matrix")
     expected = tuple(-(-n // size) for n, size in zip(q.shape, block))
-    if q.ndim != 2 or scale.shape != expected:
+    if scale.shape != expected:
         raise ValueError(f"a matrix {q.shape} in blocks of {tuple(block)} needs scales {expected}, got {scale.shape}")
     return (q.astype(np.float32) * spread_blocks(scale.astype(np.float32), q.shape, block)).astype(dtype)    # eq. 3
 

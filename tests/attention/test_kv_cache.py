@@ -10,8 +10,9 @@ def test_what_each_kind_keeps():
     assert [cached_floats(kind, **V3) for kind in ("mha", "gqa", "mqa", "mla")] == [40_960, 2_560, 320, 576]
     same = V3 | {"n_kv_heads": 128}
     assert cached_floats("gqa", **same) == cached_floats("mha", **V3)
-    with pytest.raises(KeyError):
-        cached_floats("linear", **V3)
+    for kind, given in (("linear", V3), ("mla", V3 | {"kv_rank": None}), ("gqa", V3 | {"n_kv_heads": None})):
+        with pytest.raises(ValueError, match=f"attention = '{kind}'"):
+            cached_floats(kind, **given)
 
 
 def test_the_cache_holds_what_the_formula_says_and_nothing_else():
@@ -40,6 +41,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         cache.append(np.zeros((1, 1, 3)), np.zeros((1, 1, 2)))
     with pytest.raises(ValueError, match="2 more of 3 sequences do not fit"):
         LatentCache(1, 2, 3, 2).append(np.zeros((3, 2, 3)), np.zeros((3, 2, 2)))
+    for c_shape, k_shape in (((1, 1, 3), (1, 2, 2)), ((1, 1, 1), (1, 1, 2)), ((1, 1, 3), (2, 1, 2))):
+        with pytest.raises(ValueError, match="must be \\(B, T, 3\\) and \\(B, T, 2\\)"):
+            LatentCache(1, 2, 3, 2).append(np.zeros(c_shape), np.zeros(k_shape))
     for length in (-1, 3):
         with pytest.raises(ValueError, match=f"length = {length}: the cache holds 2 tokens"):
             cache.truncate(length)

@@ -1,8 +1,10 @@
+import dataclasses
 import errno
 import json
 import os
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -109,6 +111,7 @@ def test_fp8_without_its_scale_with_a_wrong_one_and_without_a_quantization_confi
     scale = name + "_scale_inv"
     for change, message in ((lambda t: t.pop(scale), f"{name} is stored in FP8, but its scales {scale} are missing"),
                             (lambda t: t.update({scale: t[scale][:1]}), f"{name}: a matrix (200, 160) in blocks of (128, 128) needs scales (2, 2), got (1, 2)"),
+                            (lambda t: t.update({scale: np.ones((2, 2), np.int32)}), f"{scale} is of dtype int32"),
                             (lambda t: t.update({name: t[name].astype(np.float32)}), f"unexpected tensors: {scale}")):
         tensors = dict(SafeTensors(FIXTURES / "v3fp8-1/model.safetensors"))
         change(tensors)
@@ -190,6 +193,29 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch, existing
         save(tmp_path / "model", config, weights, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("model/*")} == before
     assert os.listdir(tmp_path) == (["model"] if existing else [])
+
+
+def test_what_save_refuses_before_it_begins(tmp_path):
+    config, weights = load(FIXTURES / "v3-11")
+    with pytest.raises(ValueError, match="dtype = int32 must be one of float64"):
+        save(tmp_path / "a", config, weights, dtype=np.int32)
+    with pytest.raises(CheckpointError, match="these weights are not those of this configuration: E has shape"):
+        save(tmp_path / "a", dataclasses.replace(config, vocab_size=5), weights)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is no folder"):
+        save(tmp_path / "file", config, weights, overwrite=True)
+    with pytest.raises(ValueError, match="dtype = float16 must be float32 or float64"):
+        load(FIXTURES / "v3-11", np.float16)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_in_bfloat16_the_selection_bias_stays_in_float32(tmp_path):
+    config, weights = load(FIXTURES / "v3-8")
+    save(tmp_path / "narrow", config, weights, dtype=ml_dtypes.bfloat16)
+    tensors = SafeTensors(tmp_path / "narrow/model.safetensors")
+    assert {tensors[name].dtype.name for name in tensors if name.endswith("_bias")} == {"float32"}
+    assert {tensors[name].dtype.name for name in tensors if not name.endswith("_bias")} == {"bfloat16"}
+    np.testing.assert_array_equal(load(tmp_path / "narrow")[1].layers[1].b_select, weights.layers[1].b_select)
 
 
 def test_when_the_last_step_fails_the_old_folder_comes_back(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def edited(tmp_path, fixture, **changes):
     ({"hidden_size": ..., "v_head_dim": ...}, "missing keys: hidden_size, v_head_dim"),
     ({"model_type": "llama"}, "model_type 'llama' is neither deepseek_v3 nor deepseek_v2"),
     ({"num_experts_per_tok": 5}, "top_k = 5 exceeds the 4 experts a token can reach: 1 of 2 groups of 4 (top_k is its num_experts_per_tok)"),
-    ({"n_group": 3}, "n_groups = 3 does not divide n_routed = 8"),
+    ({"n_group": 3}, "n_groups = 3 does not divide n_routed = 8 (n_groups is its n_group)"),
     ({"n_group": ...}, "missing keys: n_group"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu', this model has 'silu' only"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings = True, this model has False only"),
@@ -84,6 +84,8 @@ def test_out_to_the_public_keys_and_back(tmp_path, name):
 def test_conventions_that_a_public_file_cannot_say(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(write_config(Config(mtp_embedding_first=False))))
     assert read_config(tmp_path / "config.json") == Config(mtp_embedding_first=False)
+    with pytest.raises(CheckpointError, match="attention = 'mha'"):
+        write_config(Config(attention="mha"))
     for field, value in (("mtp_reads_normed", False),):
         with pytest.raises(CheckpointError, match=f"{field} = {value}: the public V3 layout has no such model"):
             write_config(Config(**{field: value}))

@@ -36,12 +36,14 @@ def test_power_of_two_scales_are_read_too():
     assert dequantise_blocks(np.array([[2.0]]).astype(E4M3), scale)[0, 0] == 0.5
 
 
-@pytest.mark.parametrize("x", [np.zeros(3), np.array([[np.nan]]), np.array([[np.inf]])])
+@pytest.mark.parametrize("x", [np.zeros(3), np.array([[np.nan]]), np.array([[np.inf]]), np.array([[1e300]])])
 def test_what_cannot_be_quantised(x):
-    with pytest.raises(ValueError, match="must be a matrix of finite numbers"):
+    with pytest.raises(ValueError, match="must be a matrix of numbers that float32 can hold"):
         quantise_blocks(x)
 
 
 def test_scales_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"q has shape \(3,\): blocks are those of a matrix"):
+        dequantise_blocks(np.zeros(3, E4M3), np.ones(1))
     with pytest.raises(ValueError, match=r"a matrix \(130, 5\) in blocks of \(128, 128\) needs scales \(2, 1\), got \(1, 1\)"):
         dequantise_blocks(np.zeros((130, 5), E4M3), np.ones((1, 1)))

@@ -64,12 +64,13 @@ def kinds(rng, n):
 def letters(n, seed=0):
     """Words of a small made-up language, one after another, without any space."""
     rng = np.random.default_rng(seed)
-    syllables = ["".join(rng.choice(list("aeiou" "bcdlmnrst"), 3)) for _ in range(300)]
+    syllables = ["".join(rng.choice(list("aeioubcdlmnrst"), 3)) for _ in range(300)]
     lexicon = ["".join(rng.choice(syllables, rng.integers(1, 4))) for _ in range(3000)]
     return "".join(rng.choice(lexicon, n // 4, p=1 / np.arange(1, 3001) / (1 / np.arange(1, 3001)).sum()))[:n]
 
 
-TRAINED = train(TEXT, 400, special=("<|end|>", "<|user|>"))
+TRAINED = train(TEXT, 340, special=("<|end|>", "<|user|>"))
+GIANT = letters(100_000)
 
 
 def test_merges_by_hand():
@@ -85,11 +86,11 @@ def test_merges_by_hand():
 
 
 def test_merges_of_counted_words_by_hand():
-    # " low" 5 times, " lower" twice, " newest" 6 times: es and st and "we" by 6, 6 and 8; pairs never cross a word
+    # "we" is there 2 + 6 times; then " l" and "lo" 5 + 2 times each, and " l" has the smaller ids, which leaves (" l")o with 7;
+    # then five pairs of " newest" have 6, of which " n" has the smallest ids. No pair crosses from word to word.
     tokenizer = train(" low" * 5 + " lower" * 2 + " newest" * 6, 256 + 4)
-    names = [tokenizer.token_bytes(256 + n) for n in range(4)]
-    # we: 2 + 6 = 8; lo and ow... 7 each: " l" (32, 108) is the smallest pair of those with 7; then " lo", then " low"
-    assert names == [b"we", b" l", b" lo", b" n"] or names == [b"we", b" l", b" lo", b"st"] or names
+    assert tokenizer.merges == [(119, 101), (32, 108), (257, 111), (32, 110)]
+    assert [tokenizer.token_bytes(256 + n) for n in range(4)] == [b"we", b" l", b" lo", b" n"]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -101,13 +102,13 @@ def test_training_equals_counting_anew_before_each_merge(seed):
 
 
 def test_training_on_text_equals_the_reference_and_itself():
-    assert TRAINED.merges == reference_train(TEXT.encode(), 142)
-    assert train(TEXT.encode(), 400).merges[:142] == TRAINED.merges
+    assert len(TRAINED.merges) == 82 and TRAINED.merges == reference_train(TEXT.encode(), 82)
+    assert train(TEXT.encode(), 400).merges[:82] == TRAINED.merges
     assert train(TEXT, 256).merges == [] and train("ab", 300).merges == [] and train("a", 300).vocab_size == 256
 
 
 def test_of_equal_pairs_the_smallest_is_first():
-    assert train("zy" * 2 + "." + "ba" * 2, 257).merges == [(97, 98)] or True
+    assert train("zyzy.baba", 257).merges == [(98, 97)]
     assert train("xy.ab.xy.ab", 258).merges == [(97, 98), (120, 121)]
 
 
@@ -146,13 +147,13 @@ def test_half_characters_are_replaced_in_text_only():
 
 
 def test_special_tokens_come_last_and_are_never_made_of_text():
-    assert TRAINED.special == {"<|end|>": 398, "<|user|>": 399} and TRAINED.vocab_size == 400
+    assert TRAINED.special == {"<|end|>": 338, "<|user|>": 339} and TRAINED.vocab_size == 340
     trained_on_them = train("<|end|>" * 50, 300, special=("<|end|>",))
     for tokenizer in (TRAINED, trained_on_them):
         ids = tokenizer.encode("a<|end|><|user|>")
         assert not set(ids.tolist()) & set(tokenizer.special.values())
         assert tokenizer.decode(ids) == "a<|end|><|user|>"
-    assert TRAINED.decode([97, 398, 98]) == "a<|end|>b" and TRAINED.token_bytes(399) == b"<|user|>"
+    assert TRAINED.decode([97, 338, 98]) == "a<|end|>b" and TRAINED.token_bytes(339) == b"<|user|>"
 
 
 def test_ids_of_many_kinds_are_decoded():
@@ -162,7 +163,7 @@ def test_ids_of_many_kinds_are_decoded():
 
 
 @pytest.mark.parametrize("ids, message", [
-    ([104, 400], r"ids\[1\] = 400 is not a token: vocab_size = 400"),
+    ([104, 340], r"ids\[1\] = 340 is not a token: vocab_size = 340"),
     ([-1], r"ids\[0\] = -1 is not a token"),
     (np.array([2 ** 63], np.uint64), "= 9223372036854775808 is not a token"),
     ([2 ** 70], "ids must be a row of whole numbers, not object"),
@@ -242,7 +243,7 @@ GOOD = {"kind": bpe.KIND, "version": 1, "words": WORDS.pattern.decode(), "merges
     ({"merges": [[97, 98], [97, 98]]}, r"merges\[1\] = \[97, 98\] is there twice"),
     ({"merges": [[97, 98, 99]]}, r"merges\[0\] = \[97, 98, 99\] must be two ids"),
     ({"merges": [[97, 98.0]]}, "must be two ids"), ({"merges": [[97, True]]}, "must be two ids"), ({"merges": ["ab"]}, "must be two ids"),
-    ({"merges": [[97 if n == 0 else 255 + n] * 2 for n in range(40)]}, r"merges\[26\] = .* brings the tokens to more than 268435456 bytes"),
+    ({"merges": [[97 if n == 0 else 255 + n] * 2 for n in range(40)]}, r"merges\[27\] = .* brings the tokens to more than 268435456 bytes"),
     ({"special": ["<a>", "<a>"]}, "special tokens are there twice: <a>"),
     ({"special": "<a>"}, "special = '<a>' must be"), ({"special": [1]}, r"special = \[1\] must be"), ({"special": ["\ud800"]}, "surrogates not allowed"),
 ])
@@ -268,7 +269,7 @@ def test_a_missing_file_and_missing_keys(tmp_path):
         Tokenizer.load(tmp_path / "none.json")
     for key in GOOD:
         (tmp_path / "spoilt.json").write_text(json.dumps({k: v for k, v in GOOD.items() if k != key}))
-        with pytest.raises(TokenizerError, match="kind|not one of ours|version|expected"):
+        with pytest.raises(TokenizerError, match="is not one of our|version = None|expected"):
             Tokenizer.load(tmp_path / "spoilt.json")
     for content in ([], None, "x"):
         (tmp_path / "spoilt.json").write_text(json.dumps(content))
@@ -284,30 +285,37 @@ def test_the_cache_keeps_its_limits(monkeypatch):
         assert len(tokenizer._cache) <= 3 and all(len(word) <= bpe.CACHED_LENGTH for word in tokenizer._cache)
 
 
-def seconds(function, sizes, rounds=5):
-    """The median time of a function at each size, measured in turns so that a busy moment hits all of them."""
-    times = {size: [] for size in sizes}
-    for _ in range(rounds):
-        for size in sizes:
-            text = letters(size)
-            start = time.process_time()
-            function(text)
-            times[size].append(time.process_time() - start)
-    return [float(np.median(times[size])) for size in sizes]
+def ratio(function, size, factor, rounds=5):
+    """How many times longer a `factor` times longer word takes: the median of several, each measured at one moment."""
+    def seconds(text):
+        start = time.process_time()
+        function(text)
+        return time.process_time() - start
+    return float(np.median([seconds(GIANT[:factor * size]) / seconds(GIANT[:size]) for _ in range(rounds)]))
+
+
+def one_of_three(limit, *measured):
+    """A busy machine may spoil a measurement or two; time that grows too fast spoils them all."""
+    ratios = []
+    while len(ratios) < 3 and (not ratios or ratios[-1] > limit):
+        ratios.append(ratio(*measured))
+    assert ratios[-1] <= limit, ratios
 
 
 def test_training_time_is_linear_without_any_space():
-    once, twice = seconds(lambda text: train(text, 400), (20_000, 40_000))
-    assert twice / once <= 2.3, (once, twice)
+    one_of_three(2.3, train_400, 30_000, 2)
+
+
+def train_400(text):
+    return train(text, 400)
 
 
 def test_encoding_time_is_almost_linear_in_a_giant_word():
-    tokenizer = train(letters(20_000), 600)
-    once, twice = seconds(tokenizer.encode, (20_000, 40_000))
-    assert twice / once <= 2.5, (once, twice)
+    tokenizer = train(GIANT[:20_000], 600)
+    one_of_three(8, tokenizer.encode, 10_000, 4)                  # n log n gives 5, a square 16; the processor's caches add some
 
 
 def test_one_letter_over_and_over():
-    tokenizer = train("a" * 50_000, 300)
+    tokenizer = train("a" * 20_000, 300)
     assert [len(tokenizer.token_bytes(id)) for id in range(256, 260)] == [2, 4, 8, 16]
-    assert tokenizer.decode(tokenizer.encode("a" * 49_999)) == "a" * 49_999
+    assert tokenizer.decode(tokenizer.encode("a" * 19_999)) == "a" * 19_999

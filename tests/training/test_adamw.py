@@ -140,6 +140,14 @@ def test_the_dtype_is_that_of_the_weight(dtype):
     assert all(np.isfinite(theta).all() for theta in flat.values())
 
 
+def test_numpy_scalars_compute_what_python_numbers_do():
+    """A float64 scalar would compute half of the step in float64: other bits, and twice the time."""
+    options = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    flat, _ = train(5, np.float32, **options)
+    same, _ = train(5, np.float32, **{name: np.float64(value) for name, value in options.items()})
+    assert all(flat[name].tobytes() == same[name].tobytes() for name in flat)
+
+
 def test_weights_and_state_change_in_place_and_gradients_do_not():
     rng = np.random.default_rng(0)
     flat, g = random_arrays(rng), random_arrays(rng)
