@@ -102,7 +102,7 @@ def _train(options):
             if options.steps < 1:
                 raise RecipeError(f"steps = {options.steps} must be positive")
             chosen = chosen.with_steps(options.steps)
-        print(f"preparing the text and its tokenizer", flush=True)
+        print("preparing the text and its tokenizer", flush=True)
         run = pretrain.begin(options.out or _next_folder(options.preset), chosen, text=options.text)
     live = (lambda line: print(f"\r\033[K{line}", end="", flush=True)) if sys.stdout.isatty() else None
     floor = run.data.floor

@@ -24,6 +24,8 @@ EQUIVALENT = {
     ("linear", "wrong variable", "dy2d -> dy  in  dx = gemm(dy2d, W.T, role='dx').reshape(x.shape)"):
         "A @ B takes more axes too; that a gemm is handed two is tested in test_linear",
     ("mla", "transpose", f"dg_kv -> dg_kv.T  in  {_mla}"): ONE_AXIS,
+    ("mtp_projection", "transpose", "dg_hidden -> dg_hidden.T  in  return (dh, de, dg_hidden, dg_embedding, dW_merge)"): ONE_AXIS,
+    ("mtp_projection", "transpose", "dg_embedding -> dg_embedding.T  in  return (dh, de, dg_hidden, dg_embedding, dW_merge)"): ONE_AXIS,
     ("rmsnorm", "transpose", "dg -> dg.T  in  return (dx, dg)"): ONE_AXIS,
 }
 

@@ -53,8 +53,8 @@ def mtp_projection_backward(dy, cache):
     dn_e, dn_h = (first, second) if cache.embedding_first else (second, first)                  # (B, T, D) (B, T, D)
     de, dg_embedding = rmsnorm_backward(dn_e, cache.norm_e)                                     # (B, T, D) (D,)         # eq. 7
     dh_read, dg_hidden = rmsnorm_backward(dn_h, cache.norm_h)                                   # (B, T, D) (D,)         # eq. 8
-    dh = np.zeros((len(dy), cache.n_states, dy.shape[2]), dy.dtype)                             # (B, S, D)
-    dh[:, :dy.shape[1]] = dh_read                                                               # eq. 9
+    unread = cache.n_states - dh_read.shape[1]
+    dh = np.pad(dh_read, [(0, 0), (0, unread), (0, 0)])                                         # (B, S, D)              # eq. 9
     return dh, de, dg_hidden, dg_embedding, dW_merge
 
 

@@ -37,6 +37,10 @@ def load_public(path):
         reader = library.Tokenizer.from_str(json.dumps(content))
     except Exception as error:                                    # the library raises nothing narrower
         raise TokenizerError(f"{path}: holds no public tokenizer: {error}") from None
+    for token in added:                                           # the library numbers them itself, whatever the file says
+        number = reader.token_to_id(token["content"])
+        if number != token["id"]:
+            raise TokenizerError(f"{path}: gives {token['content']} the id {token['id']}, the library makes it {number}")
     reader.encode_special_tokens = True                           # their spelling in a text is text
     reader.no_truncation()
     reader.no_padding()
