@@ -23,6 +23,7 @@ FLOORS = {
     "rl": 6,
     "classroom": 7, "debug": 7,
 }
+EXTRAS = {"tokenizers"}          # of setup.cfg: imported inside the function that wants them
 CORE = {"numpy", "scipy", "matplotlib", "ml_dtypes", "minideepseek"}
 HEADER = '''if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
@@ -77,15 +78,16 @@ def test_a_folder_imports_only_itself_and_lower_floors(path):
     own = path.parts[1]
     for module in imports(path):
         top, *rest = module.split(".")
-        assert top in CORE or top in sys.stdlib_module_names, f"{path} imports {module}, which the core install lacks"
+        assert top in CORE | EXTRAS or top in sys.stdlib_module_names, f"{path} imports {module}, which the core install lacks"
         if top == "minideepseek" and rest:
             assert rest[0] == own or FLOORS[rest[0]] < FLOORS[own], f"{path} imports {module} from its own floor or above"
 
 
-def test_matplotlib_is_imported_inside_functions_only():
+def test_matplotlib_and_extras_are_imported_inside_functions_only():
     for path in FILES:
         top_level = [n for n in ast.parse(read(path)).body if isinstance(n, (ast.Import, ast.ImportFrom))]
-        assert not any("matplotlib" in ast.unparse(n) for n in top_level), path
+        assert not any(name in ast.unparse(n) for n in top_level for name in EXTRAS | {"matplotlib"}), path
+    assert all(re.search(rf"^{name} = ", read("setup.cfg"), re.M) for name in EXTRAS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)

@@ -160,9 +160,11 @@ def model_outline(config):
     return ModelWeights(outline(U, D), layers, outline(D), outline(D, U), tuple(mtp_outline(config) for _ in range(config.n_mtp)))
 
 
-def init(config, rng, *, std=0.006, dtype=np.float32):
+def init(config, rng, *, std=0.006, head_std=None, dtype=np.float32):
     """Random weights: normal with one standard deviation, norms at 1, selection biases at 0.
 
+    head_std: of W_head; None: std. The head reads vectors of length sqrt(D): its logits spread by head_std sqrt(D), and
+    unless that is small the first loss is not ln(vocabulary).
     Source: DeepSeek-V3, arXiv:2412.19437, sec. 4.2, for the 0.006; a narrow model wants more.
     """
     form = model_outline(config)
@@ -171,7 +173,8 @@ def init(config, rng, *, std=0.006, dtype=np.float32):
         kind = name.split(".")[-1]
         if kind in CONSTANT:
             return np.zeros(shape, dtype)
-        return np.ones(shape, dtype) if kind.startswith("g_") else (std * rng.standard_normal(shape)).astype(dtype)
+        spread = head_std if kind == "W_head" and head_std is not None else std
+        return np.ones(shape, dtype) if kind.startswith("g_") else (spread * rng.standard_normal(shape)).astype(dtype)
 
     return unflatten({name: leaf(name, like.shape) for name, like in flatten(form).items()}, form)
 

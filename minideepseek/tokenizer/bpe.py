@@ -52,7 +52,10 @@ def train(data, vocab_size, special=()):
 
 
 def _learn(words, n_merges):
-    """The first merges, [(left id, right id), ...], of {word: how often it occurs}."""
+    """The first merges, [(left id, right id), ...], of {word: how often it occurs}.
+
+    A merge visits only the places where its pair stands, and changes only the counts of what stands beside them.
+    """
     symbol, weight, before, after = _chain(words)
     count, positions = defaultdict(int), defaultdict(partial(array, "q"))       # of each pair: how often, and where it begins
     for i in range(len(symbol) - 1):
@@ -60,12 +63,14 @@ def _learn(words, n_merges):
             pair = symbol[i], symbol[i + 1]
             count[pair] += weight[i]
             positions[pair].append(i)
+    # One entry a pair. It promises at least what is true: a pair is born in the merge that makes its newer half, and from
+    # then on it only loses. So an entry that keeps its promise on top of the heap is the best of all.
     heap = [(-times, pair) for pair, times in count.items()]
     heapq.heapify(heap)
     merges = []
     while heap and len(merges) < n_merges:
         promised, pair = heap[0]
-        if -promised != count[pair]:                              # stale. A pair only ever loses: put it back further down
+        if -promised != count[pair]:                              # stale: put it back, further down
             heapq.heapreplace(heap, (-count[pair], pair))
             continue
         if count[pair] < 2:
@@ -82,7 +87,7 @@ def _learn(words, n_merges):
             after[i], before[right] = right, i
             for start, old, other in ((left, (symbol[left], pair[0]), (symbol[left], new)),
                                       (i, (pair[1], symbol[right]), (new, symbol[right]))):
-                if GONE not in other:                             # the neighbour has a new neighbour
+                if GONE not in other:                             # x a b y -> x (ab) y: x and y have a new neighbour
                     count[old] -= weight[i]
                     count[other] += weight[i]
                     positions[other].append(start)
@@ -162,7 +167,7 @@ class Tokenizer:
         return b"".join([self._table[id] for id in checked_ids(ids, self.vocab_size).tolist()])
 
     def token_bytes(self, id):
-        """The bytes of one token."""
+        """The bytes of one token, perhaps half of a character; of a special token its spelling."""
         return self.decode_bytes([id])
 
     def save(self, path):
@@ -190,7 +195,11 @@ class Tokenizer:
             raise TokenizerError(f"{path}: {error}") from None
 
     def _encode_word(self, word):
-        """Merge the pair with the smallest id, of equals the leftmost, until none is left: n bytes in O(n log n)."""
+        """Merge the pair with the smallest id, of equals the leftmost, until none is left: n bytes in O(n log n).
+
+        That is the order in which the merges were learned: what a merge makes has a larger id than the merge itself, so
+        nothing that comes later can come before.
+        """
         n, ids = len(word), self._ids
         symbol = [*word, GONE]                                    # position -1, before the first, is the last: GONE too
         before, after = list(range(-1, n)), [*range(1, n + 1), n]
@@ -227,12 +236,14 @@ def checked_ids(ids, vocab_size):
 
 
 def _bytes(name, text):
+    """A str in UTF-8, bytes as they are; other things are refused by name."""
     if not isinstance(text, (str, bytes)):
         raise ValueError(f"{name} is a {type(text).__name__}: it must be a str or bytes")
     return text.encode("utf-8") if isinstance(text, str) else text
 
 
 def _checked_special(special):
+    """The spellings as a list; a lone str would be taken for a list of letters, and is refused."""
     spellings = list(special) if isinstance(special, (tuple, list)) else [None]
     _rule(all(isinstance(s, str) and s for s in spellings), f"special = {special!r} must be a tuple or list of texts that are not empty")
     twice = [spelling for spelling, times in Counter(spellings).items() if times > 1]

@@ -5,7 +5,6 @@ Derivation: whiteboard/tokenizer/public.md     Source: the library's own reader,
 if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
-import importlib
 import json
 import tempfile
 from pathlib import Path
@@ -25,9 +24,9 @@ def load_public(path):
     it holds no tokenizer; OSError when it cannot be opened.
     """
     try:
-        library = importlib.import_module("tokenizers")
-    except ImportError:
-        raise ImportError("load_public needs the tokenizers library: pip install 'minideepseek[tokenizers]'") from None
+        import tokenizers as library
+    except ImportError as error:
+        raise ImportError("load_public needs the tokenizers library: pip install 'minideepseek[tokenizers]'") from error
     data = Path(path).read_bytes()
     try:
         content = json.loads(data)

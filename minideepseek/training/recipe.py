@@ -25,7 +25,8 @@ class Recipe:
     corpus_bytes: int = 4_000_000    # of town stories; with a text file, all of it
     vocab_size: int = 512            # of the tokenizer, special tokens included
 
-    init_std: float = 0.02
+    init_std: float = 0.08           # about 1 / sqrt(d_model); V3's 0.006 is half of that at its width
+    head_std: float = 0.01           # of the output head: small, so that the first loss is ln(vocabulary)
     peak: float = 3e-3               # learning rate
     warmup: int = 60                 # steps
     decay: int = 800                 # the last steps, in which it falls
@@ -55,11 +56,12 @@ class Recipe:
                 fits = type(value) is kind
             self._rule(fits, field.name, f"must be {({int: 'a whole number', float: 'a finite number', str: 'a string'}[kind])}")
         for name in ("steps", "batch", "length", "pieces", "corpus_bytes", "warmup", "log_every", "evaluate_every", "save_every", "evaluation_stories",
-                     "init_std", "peak", "clip"):
+                     "init_std", "head_std", "peak", "clip"):
             self._rule(getattr(self, name) > 0, name, "must be positive")
         for name in ("seed", "decay", "floor", "weight_decay", "gamma", "gamma_off", "balance_weight", "n_mtp", "mtp_first", "mtp_then"):
             self._rule(getattr(self, name) >= 0, name, "must not be negative")
         self._rule(self.batch % self.pieces == 0, "pieces", f"does not divide batch = {self.batch}")
+        self._rule(self.warmup + self.decay <= self.steps, "warmup", f"and decay = {self.decay} do not fit into steps = {self.steps}")
         self._rule(self.floor <= self.peak, "floor", f"exceeds peak = {self.peak}")
         self._rule(self.length > self.n_mtp + 1, "length", f"is too short for n_mtp = {self.n_mtp} modules")
         self._rule(self.balance in ("bias", "aux", "none"), "balance", "must be one of bias, aux, none")
@@ -70,8 +72,8 @@ class Recipe:
 
     def with_steps(self, steps):
         """The same recipe, its schedules stretched to another number of steps."""
-        scale = steps / self.steps
-        return dataclasses.replace(self, steps=steps, warmup=max(1, min(self.warmup, steps // 4)), decay=min(steps, round(self.decay * scale)),
+        scale, warmup = steps / self.steps, max(1, min(self.warmup, steps // 4))
+        return dataclasses.replace(self, steps=steps, warmup=warmup, decay=min(steps - warmup, round(self.decay * scale)),
                                    gamma_off=round(self.gamma_off * scale))
 
     def to_dict(self):
@@ -93,9 +95,9 @@ class Recipe:
 
 
 RECIPES = {
-    "micro": Recipe(model="micro", steps=500, decay=400, corpus_bytes=1_500_000, gamma_off=50, evaluate_every=250, save_every=250),
+    "micro": Recipe(model="micro", steps=500, decay=400, init_std=0.12, corpus_bytes=1_500_000, gamma_off=50, evaluate_every=250, save_every=250),
     "tiny": Recipe(),
-    "small": Recipe(model="small", steps=3_000, length=256, decay=2_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=200,
+    "small": Recipe(model="small", steps=3_000, init_std=0.06, length=256, decay=2_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=200,
                     evaluate_every=500, save_every=250),
 }
 

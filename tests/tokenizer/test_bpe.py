@@ -70,7 +70,7 @@ def letters(n, seed=0):
 
 
 TRAINED = train(TEXT, 340, special=("<|end|>", "<|user|>"))
-GIANT = letters(100_000)
+GIANT = letters(60_000)
 
 
 def test_merges_by_hand():
@@ -310,7 +310,7 @@ def one_of_three(limit, *measured):
 
 
 def test_training_time_is_linear_without_any_space():
-    one_of_three(2.3, train_400, 30_000, 2)
+    one_of_three(2.3, train_400, 25_000, 2)
 
 
 def train_400(text):

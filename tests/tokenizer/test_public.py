@@ -1,4 +1,3 @@
-import importlib
 import json
 import re
 import sys
@@ -48,11 +47,6 @@ def test_without_the_library_the_error_says_what_to_type(tmp_path, monkeypatch, 
     public.demo()
     printed = capsys.readouterr().out
     assert "absent    load_public needs the tokenizers library" in printed and "and back: True" in printed
-
-
-def test_importing_the_file_does_not_import_the_library(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    importlib.reload(public)
 
 
 def samples():
