@@ -31,21 +31,22 @@ def causal_attention_forward(q, k, v, *, scale):
     T, S = q.shape[2], k.shape[2]
     blind = max(T - S, 0)                                               # the first queries, that see no key
     mask = np.where(visible(T, S), 0, -np.inf).astype(q.dtype)          # (T, S)         # eq. 1
-    scores = q @ k.swapaxes(-1, -2) * scale                             # (B, H, T, S)   # eq. 2
-    p = np.zeros_like(scores)                                           # (B, H, T, S)
-    p[:, :, blind:], _ = softmax_forward((scores + mask)[:, :, blind:])                  # eq. 3
+    q_scaled = q * scale                    # fewer numbers than scores # (B, H, T, K)
+    scores = q_scaled @ k.swapaxes(-1, -2) + mask                       # (B, H, T, S)   # eq. 2
+    p_seeing, _ = softmax_forward(scores[:, :, blind:])                                  # eq. 3
+    p = np.pad(p_seeing, [(0, 0), (0, 0), (blind, 0), (0, 0)]) if blind else p_seeing    # (B, H, T, S)
     o = p @ v                                                           # (B, H, T, V)   # eq. 4
-    return o, (q, k, v, p, scale)
+    return o, (q_scaled, k, v, p, scale)
 
 
 def causal_attention_backward(do, cache):
     """Back through the average, the softmax, the scores. Where p is 0 the softmax passes nothing: no mask is needed."""
-    q, k, v, p, scale = cache
+    q_scaled, k, v, p, scale = cache
     dv = p.swapaxes(-1, -2) @ do                                        # (B, H, S, V)   # eq. 5
     dp = do @ v.swapaxes(-1, -2)                                        # (B, H, T, S)   # eq. 6
     dscores = softmax_backward(dp, p)                                   # (B, H, T, S)   # eq. 7
     dq = dscores @ k * scale                                            # (B, H, T, K)   # eq. 8
-    dk = dscores.swapaxes(-1, -2) @ q * scale                           # (B, H, S, K)   # eq. 9
+    dk = dscores.swapaxes(-1, -2) @ q_scaled                            # (B, H, S, K)   # eq. 9
     return dq, dk, dv
 
 

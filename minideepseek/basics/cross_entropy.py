@@ -32,10 +32,11 @@ def cross_entropy_forward(logits, targets, *, ignore_index=-100):
 def cross_entropy_backward(dloss, cache):
     """Probability minus one-hot, shared out over the valid targets; ignored positions get exactly zero."""
     log_p, targets, rows, n_valid, shape = cache
-    dlogits = np.zeros_like(log_p)                                              # (M, U)
-    dlogits[rows] = np.exp(log_p[rows])                                         # p, in the rows that count
-    dlogits[rows, targets[rows]] -= 1                                           # p - onehot
-    dlogits = dlogits.reshape(shape) * (dloss / n_valid)                        # (..., U)   # eq. 3
+    difference = np.exp(log_p)                                                  # (M, U)     p ...
+    difference[rows, targets[rows]] -= 1                                        # ... - onehot
+    share = np.zeros_like(log_p[:, :1])                                         # (M, 1)     of each position in the mean
+    share[rows] = dloss / n_valid
+    dlogits = (difference * share).reshape(shape)                               # (..., U)   # eq. 3
     return dlogits, None
 
 

@@ -18,7 +18,7 @@ class Recipe:
     """How to train. Raises RecipeError at construction for a value that breaks a rule."""
     model: str = "tiny"              # a preset of model/presets.py
     seed: int = 0
-    steps: int = 1_200
+    steps: int = 750
     batch: int = 8                   # windows per step
     length: int = 128                # tokens in a window
     pieces: int = 2                  # the batch is cut into; their gradients add up, in order, whoever computes them
@@ -28,23 +28,23 @@ class Recipe:
     init_std: float = 0.08           # about 1 / sqrt(d_model); V3's 0.006 is half of that at its width
     head_std: float = 0.01           # of the output head: small, so that the first loss is ln(vocabulary)
     peak: float = 3e-3               # learning rate
-    warmup: int = 60                 # steps
-    decay: int = 800                 # the last steps, in which it falls
+    warmup: int = 40                 # steps
+    decay: int = 450                 # the last steps, in which it falls
     floor: float = 1e-4              # what it falls to
     weight_decay: float = 0.1
     clip: float = 1.0                # largest global norm of the gradient
 
     balance: str = "bias"            # bias: loss-free, with a weak sequence-wise loss; aux: that loss alone; none
     gamma: float = 0.01              # speed of the selection bias; V3: 0.001, over far more steps
-    gamma_off: int = 100             # the last steps, in which it stands still
+    gamma_off: int = 75              # the last steps, in which it stands still
     balance_weight: float = 1e-4     # alpha of the sequence-wise loss
     n_mtp: int = 1
     mtp_first: float = 0.3           # weight of the modules' loss ...
     mtp_then: float = 0.1            # ... and in the last third
 
     log_every: int = 10
-    evaluate_every: int = 200
-    save_every: int = 200
+    evaluate_every: int = 150
+    save_every: int = 150
     evaluation_stories: int = 256
 
     def __post_init__(self):
@@ -95,7 +95,7 @@ class Recipe:
 
 
 RECIPES = {
-    "micro": Recipe(model="micro", steps=500, decay=400, init_std=0.12, corpus_bytes=1_500_000, gamma_off=50, evaluate_every=250, save_every=250),
+    "micro": Recipe(model="micro", steps=400, decay=300, init_std=0.12, corpus_bytes=1_500_000, gamma_off=40, evaluate_every=200, save_every=200),
     "tiny": Recipe(),
     "small": Recipe(model="small", steps=3_000, init_std=0.06, length=256, decay=2_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=200,
                     evaluate_every=500, save_every=250),
