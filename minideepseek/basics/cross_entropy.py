@@ -34,7 +34,7 @@ def cross_entropy_backward(dloss, cache):
     log_p, targets, rows, n_valid, shape = cache
     difference = np.exp(log_p)                                                  # (M, U)     p ...
     difference[rows, targets[rows]] -= 1                                        # ... - onehot
-    share = np.zeros_like(log_p[:, :1])                                         # (M, 1)     of each position in the mean
+    share = np.zeros((log_p.shape[0], 1), log_p.dtype)                          # (M, 1)     of each position in the mean
     share[rows] = dloss / n_valid
     dlogits = (difference * share).reshape(shape)                               # (..., U)   # eq. 3
     return dlogits, None
