@@ -106,7 +106,7 @@ def main():
     print(f"   its state at the first bank is the same bit for bit: {stays}. At that place 'deposit' has not been said,")
     print("   so no causal model, however large and well trained, can know there which bank it is.")
     guess, _ = softmax_forward(transformer(ids[None], model, config).logits.data[0, FIRST])
-    print(f"   The best it can do is to spread its bets on what comes next. Untrained, it gives ' to' {guess[ids[FIRST + 1]]:.4f}; evenly would be {1 / len(guess):.4f}.")
+    print(f"   It can only spread its bets on what comes next. Untrained, it gives 'to' {guess[ids[FIRST + 1]]:.4f}; evenly would be {1 / len(guess):.4f}.")
 
     if options.plot:
         draw(options.plot, p, words)

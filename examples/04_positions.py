@@ -59,18 +59,15 @@ def draw(path, theta, stretched, config, k):
     left.axhline(config.yarn_original, color=GREY, linestyle="--", label=f"{config.yarn_original:,} tokens: the texts it was trained on")
     lo, hi = yarn_range(R, config.rope_base, config.yarn_original)
     left.axvspan(lo, hi, color=GREEN, alpha=0.15, label=f"the stretch sets in: pairs {lo} to {hi}")
-    left.set_xlabel("pair of channels")
-    left.set_ylabel("one full turn (tokens)")
-    left.set_title("fast pairs and slow pairs")
+    left.set(xlabel="pair of channels", ylabel="one full turn (tokens)", title="fast pairs and slow pairs")
     left.legend(fontsize=9)
 
     distances = np.arange(0, 257)
     scores = turned(np.repeat(k[None], len(distances), axis=0), distances) @ k * R**-0.5     # the query stands at position 0
     right.plot(distances, scores, color=BLUE)
     right.axhline(0, color=GREY, linewidth=0.8)
-    right.set_xlabel("distance between query and key (tokens)")
-    right.set_ylabel("score before the softmax (no unit)")
-    right.set_title("a random vector and itself: the score depends on the distance")
+    right.set(xlabel="distance between query and key (tokens)", ylabel="score before the softmax (no unit)",
+              title="a random vector and itself: the score depends on the distance")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -116,7 +113,7 @@ def main():
     slow = np.arange(hi, R // 2)
     new, old = longest * stretched[slow], config.yarn_original * theta[slow]
     print(f"\n4. From pair {hi} on a turn was never finished in training. At position {longest:,} the slowest would stand at")
-    print(f"   {math.degrees(longest * theta[-1]):.0f} degrees; it has only ever seen {math.degrees(old[-1]):.0f}. With YaRN it stands at {math.degrees(new[-1]):.0f} again.")
+    print("   {:.0f} degrees; it has only ever seen {:.0f}. With YaRN it stands at {:.0f} again.".format(*np.degrees([longest * theta[-1], old[-1], new[-1]])))
 
     if options.plot:
         draw(options.plot, theta, stretched, config, k)

@@ -47,18 +47,14 @@ def draw(path, floats, n_layers):
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
     bars = left.barh([names[kind] for kind in floats], floats.values(), color=[ORANGE if kind == "mla" else BLUE for kind in floats])
     left.bar_label(bars, [f"{n:,}" for n in floats.values()], padding=4)
-    left.set_xlim(0, 48_000)
+    left.set(xlim=(0, 48_000), xlabel="numbers kept per token and layer", title="the heads of DeepSeek-V3")
     left.invert_yaxis()
-    left.set_xlabel("numbers kept per token and layer")
-    left.set_title("the heads of DeepSeek-V3")
     lengths = 2.0 ** np.arange(10, 18)
     for kind, color, marker in (("mha", BLUE, "o"), ("mla", ORANGE, "s")):
         right.loglog(lengths, floats[kind] * n_layers * BYTES * lengths / 1e9, color=color, marker=marker, label=names[kind].replace("\n", " "))
     right.axhline(80, color=GREY, linestyle="--", label="80 GB: the memory of one large GPU")
-    right.set_xlabel("length of the text (tokens)")
-    right.set_ylabel("cache of one text (GB)")
-    right.set_title(f"all {n_layers} layers, {BYTES} bytes a number")
-    right.set_ylim(0.02, 20_000)
+    right.set(ylim=(0.02, 20_000), xlabel="length of the text (tokens)", ylabel="cache of one text (GB)",
+              title=f"all {n_layers} layers, {BYTES} bytes a number")
     right.legend(loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -115,15 +111,15 @@ def main():
 
     N, R, V, C = v3.d_nope, v3.d_rope, v3.d_value, v3.kv_rank
     work, reading = (C + R + C) / (N + R + V), floats["mha"] / floats["mla"]
-    print(f"\n5. For V3, per query, key and head, absorbed attention does {work:.1f} times the arithmetic, and reads {reading:.0f} times less than plain attention.")
-    print("   Writing one token after another waits for memory more than for arithmetic: a good bargain. In training all\n   tokens are there at once, and the keys are made.")
+    print(f"\n5. V3's absorbed attention does {work:.1f} times the arithmetic for every query, key and head, and reads {reading:.0f} times less than plain")
+    print("   attention. Writing a text waits for memory more than for arithmetic: a good bargain. In training the keys are made.")
 
     if options.plot:
         draw(options.plot, floats, v3.n_layers)
     print("\nTo think about: why must the key with the position be kept beside the latent? (Try to move the bracket past a rotation.)")
     print("One key with position serves all heads. What would one for each head cost? (next: 06_mixture_of_experts.py)")
-    right = worst < 1e-12 and abs(made - absorbed) < 1e-12 and (floats["mha"], floats["mla"]) == (40_960, 576) and rank == micro.kv_rank
-    print(f"\nclaim     absorbed, token by token = naive, all at once: max difference {worst:.0e}; V3 keeps {floats['mla']} numbers for {floats['mha']:,}: {right}")
+    right = worst < 1e-12 and abs(made - absorbed) < 1e-12 and floats["mha"] == 40_960 and floats["mla"] == 576 and rank == micro.kv_rank
+    print(f"\nclaim     absorbed, token by token = naive, all at once: difference {worst:.0e}; V3 keeps {floats['mla']} numbers for {floats['mha']:,}: {right}")
     return int(not right)
 
 

@@ -29,7 +29,7 @@ from minideepseek.tokenizer.bpe import train
 SENTENCE = "Sarah visits the bank to deposit money while Zarah visits the bank to sit by the water"
 FIRST, SECOND = 3, 11                                    # the places of the two banks
 D, E, F, K = 16, 8, 12, 2                                # model width, experts, their width, how many a token visits
-STEPS, GAMMA, BATCH = 300, 0.002, 1024
+STEPS, GAMMA, BATCH = 300, 0.002, 1024                   # of the rule; tokens in a batch
 
 
 def draw(path, words, gates, before, after, violations):
@@ -46,22 +46,15 @@ def draw(path, words, gates, before, after, violations):
     ax.set_yticks(range(len(words)), [f"{word.strip()} {place:2d}" for place, word in enumerate(words)])
     for place in (FIRST, SECOND):
         ax.get_yticklabels()[place].set(fontweight="bold", bbox={"facecolor": ORANGE, "alpha": 0.5, "pad": 1})
-    ax.set_xticks(range(E))
-    ax.set_xlabel("expert")
-    ax.set_title("gates before balancing (a row sums to 1)")
+    ax.set(xticks=range(E), xlabel="expert", title="gates before balancing (a row sums to 1)")
     ax = axes["load"]
     ax.bar(np.arange(E) - 0.2, before, 0.4, color=BLUE, label="before")
     ax.bar(np.arange(E) + 0.2, after, 0.4, color=ORANGE, label=f"after {STEPS} steps of the rule")
     ax.axhline(BATCH * K / E, color=GREY, linestyle="--", label="a fair share")
-    ax.set_xticks(range(E))
-    ax.set_xlabel("expert")
-    ax.set_ylabel(f"tokens served, of {BATCH:,}")
+    ax.set(xticks=range(E), xlabel="expert", ylabel=f"tokens served, of {BATCH:,}")
     ax.legend(fontsize=9)
-    ax = axes["rule"]
-    ax.plot(violations, color=BLUE, linewidth=1)
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("step")
-    ax.set_ylabel("MaxVio of the batch\n(0: all experts alike)")
+    axes["rule"].plot(violations, color=BLUE, linewidth=1)
+    axes["rule"].set(ylim=(0, None), xlabel="step", ylabel="MaxVio of the batch\n(0: all experts alike)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -76,8 +69,7 @@ def main():
     tokenizer = train(town + (SENTENCE + "\n") * 50, 1000)          # every word of the sentence is one token
     ids, stream = tokenizer.encode(SENTENCE), tokenizer.encode(town)
     words, rng = [tokenizer.token_bytes(id).decode("utf-8") for id in ids], np.random.default_rng(0)
-    table = rng.standard_normal((tokenizer.vocab_size, D))
-    W_router = rng.standard_normal((D, E)) / D**0.5
+    table, W_router = rng.standard_normal((tokenizer.vocab_size, D)), rng.standard_normal((D, E)) / D**0.5
     table[:, 0], W_router[0] = 1, np.linspace(-1, 1, E)             # the first channel is always 1: a favour for the last experts
     x = table[ids]                                                  # (T, D)
     (gate, chosen), _ = router_forward(x, W_router, top_k=K)
@@ -93,11 +85,11 @@ def main():
     always, _ = swiglu_forward(x, *shared)
     adds = np.abs(y - (routed + always)).max()
     print("\n2. The shared expert serves every token, without a gate. Answer = routed experts + shared expert:")
-    print(f"   mean length of a token's answer: routed {np.linalg.norm(routed, axis=1).mean():.2f}, shared {np.linalg.norm(always, axis=1).mean():.2f}, "
-          f"both {np.linalg.norm(y, axis=1).mean():.2f}; sum of the two: difference {adds:.0e}")
+    print("   length of the answer to 'water': " + ", ".join(f"{name} {np.linalg.norm(part[-1]):.2f}" for name, part in
+          (("routed", routed), ("shared", always), ("both", y))) + f"; routed + shared = both, difference {adds:.0e}")
     v3 = preset("v3")
-    print(f"\n3. DeepSeek-V3 holds {total(v3) / 1e9:.0f} billion numbers, and one token uses {active(v3, embedding=False) / 1e9:.0f} billion: "
-          f"{v3.top_k} of {v3.n_routed} experts in a layer, and the shared one.")
+    print(f"\n3. DeepSeek-V3 visits {v3.top_k} of {v3.n_routed} experts, and the shared one: "
+          f"it holds {total(v3) / 1e9:.0f} billion numbers, and one token uses {active(v3, embedding=False) / 1e9:.0f} billion.")
 
     def served(b_select):
         """How many tokens of a fresh batch of town text each expert serves; the same word in other company: a little noise."""
@@ -116,24 +108,23 @@ def main():
     print(f"\n4. Tokens served by each expert, of {BATCH:,} that visit {K} each. A fair share is {BATCH * K // E}:")
     print(f"   before {before}   MaxVio {max_violation(before):.2f}: the busiest has {max_violation(before):.0%} more than its share")
     print(f"   after  {after}   MaxVio {max_violation(after):.2f}")
-    print(f"   The rule, {STEPS} times: an expert that served too many gets its bias lowered by {GAMMA}, the others raised. No gradient.")
-    print("   biases", b_select.round(3))
+    print(f"   The rule, {STEPS} times: who served too many gets its bias lowered by {GAMMA}, who served too few, raised. No gradient.")
 
     (gate_after, chosen_after), _ = router_forward(x, W_router, top_k=K, b_select=b_select)
     kept = (chosen_after == chosen).all(axis=1)
     equal = np.array_equal(gate_after[kept], gate[kept])
-    print(f"\n5. The bias only selects: {(~kept).sum()} of the sentence's {len(ids)} tokens now have other experts or another order;")
-    print(f"   for the {kept.sum()} that kept theirs, the gates are the same bit for bit: {equal}. Gates come from scores without the bias.")
+    print(f"\n5. The bias only selects: {(~kept).sum()} of the sentence's {len(ids)} tokens now visit others, or in another order. "
+          f"The {kept.sum()} that\n   kept theirs have the same gates, bit for bit: {equal}. Gates come from scores without the bias.")
 
     if options.plot:
-        picture = np.zeros((len(ids), E))
-        np.put_along_axis(picture, chosen, gate, axis=1)
-        draw(options.plot, words, picture, before, after, violations)
+        gates = np.zeros((len(ids), E))
+        np.put_along_axis(gates, chosen, gate, axis=1)
+        draw(options.plot, words, gates, before, after, violations)
     the = (stream == ids[2]).mean()
     print(f"\nTo think about: 'the' alone is {the:.0%} of the town's tokens. What if it were half of them: could the rule still balance?")
     print("Why is it better that the bias stays out of the gates? (next: 07_multi_token_prediction.py)")
     right = adds < 1e-12 and equal and max_violation(before) > 0.5 and max_violation(after) < 0.25 and (chosen[FIRST] == chosen[SECOND]).all()
-    print(f"\nclaim     the rule alone brings MaxVio from {max_violation(before):.2f} to {max_violation(after):.2f} on a fresh batch, the router unchanged: {right}")
+    print(f"\nclaim     the rule alone brings MaxVio from {max_violation(before):.2f} to {max_violation(after):.2f}, the router unchanged: {right}")
     return int(not right)
 
 

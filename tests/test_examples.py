@@ -1,6 +1,9 @@
 """The examples run, from another folder and uninstalled; and the recipe of the first step-through holds."""
+import os
 import subprocess
 import sys
+
+import pytest
 
 from tests.house import ROOT
 
@@ -27,3 +30,14 @@ def test_the_recipe_in_its_docstring_works_in_pdb(tmp_path):
 def test_the_fuzzer_finds_no_fault():
     run = subprocess.run([sys.executable, str(ROOT / "examples/fuzz_checkpoints.py"), "--files", "2000", "--seed", "1"], capture_output=True, text=True)
     assert run.returncode == 0 and "claim: 0 faults in 2000 files" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", ["01_text_to_tokens", "02_tokens_to_embeddings", "03_embeddings_to_qkv", "04_positions", "05_latent_attention",
+                                  "06_mixture_of_experts", "07_multi_token_prediction", "08_the_block_and_the_model"])
+def test_a_numbered_example_keeps_its_claim_and_draws(name, tmp_path):
+    run = subprocess.run([sys.executable, str(ROOT / f"examples/{name}.py"), "--plot", "picture.png"], cwd=tmp_path, capture_output=True, text=True,
+                         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "\nclaim " in run.stdout and "To think about:" in run.stdout
+    picture = (tmp_path / "picture.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n") and len(picture) > 10_000

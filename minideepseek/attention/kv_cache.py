@@ -15,9 +15,11 @@ def cached_floats(attention, *, n_heads, d_key, d_value, n_kv_heads=None, kv_ran
     kv_rank, d_rope: for mla, which keeps a latent and one key with position for all heads, never keys or values.
     Raises ValueError for another kind, or when one of its numbers is missing.
     """
-    wanted = {"mla": ("kv_rank", kv_rank, "d_rope", d_rope), "gqa": ("n_kv_heads", n_kv_heads), "mha": (), "mqa": ()}
-    if attention not in wanted or None in wanted[attention]:
-        raise ValueError(f"attention = {attention!r} with {wanted.get(attention, 'nothing known')}: it must be one of {', '.join(wanted)}, with these given")
+    wanted = {"mla": {"kv_rank": kv_rank, "d_rope": d_rope}, "gqa": {"n_kv_heads": n_kv_heads}, "mha": {}, "mqa": {}}
+    if attention not in wanted:
+        raise ValueError(f"attention = {attention!r} must be one of {', '.join(wanted)}")
+    if None in wanted[attention].values():
+        raise ValueError(f"attention = {attention!r} needs {' and '.join(wanted[attention])}, got {wanted[attention]}")
     if attention == "mla":
         return kv_rank + d_rope                                         # eq. 1
     heads = {"mha": n_heads, "gqa": n_kv_heads, "mqa": 1}[attention]

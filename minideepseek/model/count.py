@@ -37,7 +37,8 @@ def total(config):
 def active(config, *, embedding=True, head=True):
     """The numbers that one token uses: top_k of the routed experts, and everything else of the main model.
 
-    embedding, head: whether to count the two tables. Reports differ in this; say which.
+    embedding, head: whether to count the two tables. Reports differ in this; say which. V3's "37B" is nearest without
+    the embedding, which is looked up and not multiplied.
     """
     parts = parameters(config)
     unused = parts["routed"] // config.n_routed * (config.n_routed - config.top_k)          # eq. 2

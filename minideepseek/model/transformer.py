@@ -101,7 +101,8 @@ def predict_further(out, ids, weights, config, *, gemm=matmul):
 def losses(ids, targets, weights, config, *, gemm=matmul):
     """Every loss of a batch, on the tape: Losses. The sum that is trained: `tape.backward(losses.seeds(mtp_weight))`.
 
-    ids, targets: (B, T) int, targets[:, i] the token after ids[:, i]; a target of IGNORE does not count.
+    ids, targets: (B, T) int, targets[:, i] the token after ids[:, i] (never the same token: that would be a leak); a target
+    of IGNORE does not count.
     The mean of a module's loss is over its own positions, as in the public code; the paper divides by T.
     Source: DeepSeek-V3, arXiv:2412.19437, eq. 24 and 25.
     """
@@ -165,7 +166,7 @@ def init(config, rng, *, std=0.006, head_std=None, dtype=np.float32):
 
     head_std: of W_head; None: std. The head reads vectors of length sqrt(D): its logits spread by head_std sqrt(D), and
     unless that is small the first loss is not ln(vocabulary).
-    Source: DeepSeek-V3, arXiv:2412.19437, sec. 4.2, for the 0.006; a narrow model wants more.
+    Source: DeepSeek-V3, arXiv:2412.19437, sec. 4.2, for the 0.006; a narrow model wants more, about 1 / sqrt(d_model).
     """
     form = model_outline(config)
 
