@@ -1,5 +1,4 @@
 """The command line: train, generate and export, what they print, and the exit codes: 0 right, 1 wrong, 2 cannot be used."""
-import dataclasses
 import os
 import shutil
 import subprocess
@@ -28,6 +27,12 @@ def small(monkeypatch, tmp_path):
     """The micro preset with a corpus that is made in no time; the test's own folder as the current one."""
     monkeypatch.setitem(RECIPES, "micro", SMALL)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Drawing takes longer than these runs."""
+    monkeypatch.setattr(pretrain, "draw_curves", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +64,14 @@ def test_train_says_what_it_does(capsys, tmp_path):
     assert sorted(os.listdir("deep/run")) == [PREVIOUS, NAME, "curves.png", "log.csv", "run.json", "samples", "tokenizer.json"]
 
 
-def test_train_finds_a_folder_of_its_own(capsys):
+def test_train_finds_a_folder_of_its_own(capsys, no_picture):
     for n in range(2):
         assert main(["train", "--preset", "micro", "--steps", "3", "--seed", "7"]) == 0
         assert load_checkpoint(f"runs/micro-{n}").facts["recipe"]["seed"] == 7
     assert (load_run("runs/micro-0")[1].E == load_run("runs/micro-1")[1].E).all()
 
 
-def test_train_stopped_and_resumed(capsys, monkeypatch, trained):
+def test_train_stopped_and_resumed(capsys, monkeypatch, no_picture, trained):
     real, calls = pretrain.train_step, []
 
     def interrupted(*args, **options):
@@ -87,7 +92,7 @@ def test_train_stopped_and_resumed(capsys, monkeypatch, trained):
     assert "done." in capsys.readouterr().out and open(f"run/{NAME}", "rb").read() == before
 
 
-def test_train_on_a_text(capsys, tmp_path):
+def test_train_on_a_text(capsys, no_picture, tmp_path):
     (tmp_path / "text.txt").write_text("Anna is in the mill. " * 200)
     assert main(["train", "--preset", "micro", "--steps", "3", "--text", "text.txt", "--out", "run"]) == 0
     out = capsys.readouterr().out
@@ -141,7 +146,7 @@ def test_train_refuses(capsys, tmp_path, options, message):
     assert sorted(os.listdir()) == ["empty.txt", "taken"] and os.listdir("taken") == []
 
 
-def test_every_number_of_steps_can_be_trained(capsys):
+def test_every_number_of_steps_can_be_trained(capsys, no_picture):
     for steps in (1, 2):
         assert main(["train", "--preset", "micro", "--steps", str(steps), "--out", f"run{steps}"]) == 0
     assert load_checkpoint("run1").step == 1
@@ -174,9 +179,12 @@ def test_generate_and_export_refuse(capsys, trained, tmp_path):
 
 @pytest.mark.xfail(strict=True, reason="with --resume every other option is passed over without a word")
 @pytest.mark.parametrize("options", [["--steps", "99"], ["--preset", "tiny"], ["--seed", "3"], ["--text", "other.txt"], ["--out", "elsewhere"]])
-def test_resume_with_an_option_it_cannot_follow_is_refused(capsys, trained, options):
-    with pytest.raises(SystemExit) if False else pytest.MonkeyPatch.context():
-        assert main(["train", "--resume", str(trained), *options]) == 2
+def test_resume_with_an_option_it_cannot_follow_is_refused(capsys, no_picture, trained, options):
+    try:
+        code = main(["train", "--resume", str(trained), *options])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
 
 
 def test_without_a_command_it_says_how_to_begin():
@@ -196,4 +204,4 @@ def test_help_names_every_option(capsys):
         main(["train", "--help"])
     out = capsys.readouterr().out
     assert caught.value.code == 0 and all(f"--{name}" in out for name in ("preset", "text", "steps", "seed", "out", "resume", "workers"))
-    assert dataclasses.fields(Recipe) and "micro, tiny, small" in out
+    assert "micro, tiny, small" in out

@@ -41,3 +41,13 @@ def test_a_numbered_example_keeps_its_claim_and_draws(name, tmp_path):
     assert "\nclaim " in run.stdout and "To think about:" in run.stdout
     picture = (tmp_path / "picture.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n") and len(picture) > 10_000
+
+
+def test_a_process_killed_while_saving_leaves_a_whole_checkpoint():
+    run = subprocess.run([sys.executable, str(ROOT / "examples/kill_while_saving.py"), "--cycles", "4"], capture_output=True, text=True)
+    assert run.returncode == 0 and "claim: 0 faults in 4 kills" in run.stdout, run.stdout + run.stderr
+
+
+def test_a_resumed_run_ends_in_the_same_bytes():
+    run = subprocess.run([sys.executable, str(ROOT / "examples/resume_bit_for_bit.py"), "--stops", "1", "--steps", "6"], capture_output=True, text=True)
+    assert run.returncode == 0 and "claim: 1 of 1 runs end in the same bytes" in run.stdout, run.stdout + run.stderr

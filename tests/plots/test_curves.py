@@ -32,13 +32,14 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_it_writes_a_png_whose_height_grows_with_the_panels(tmp_path):
+def test_it_writes_pngs_whose_height_grows_with_the_panels(monkeypatch, tmp_path, capsys):
     few, many = tmp_path / "few.png", tmp_path / "many.png"
     few.write_bytes(b"an older file")
-    plot_run(few, STEPS, train_bits=BITS)
-    plot_run(str(many), STEPS, train_bits=BITS, **HELD, **FLOOR, **RATE, **VIOLATION)
+    plot_run(str(few), STEPS, train_bits=BITS)
+    monkeypatch.setattr(sys, "argv", ["curves.py", "--plot", str(many)])
+    curves.demo()                                                        # all there is, kept on request
     (width, height), (same, higher) = size(few), size(many)
-    assert width == same > 500 and higher == 3 * height
+    assert width == same > 500 and higher == 3 * height and "it is a picture: True" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.png", "many.png"]
 
 
@@ -90,10 +91,3 @@ def test_no_figure_is_left_open_and_nothing_is_changed(drawn):
     steps, bits = STEPS.copy(), BITS.copy()
     plot_run("unused.png", steps, train_bits=bits, **HELD, **FLOOR)
     assert matplotlib.pyplot.get_fignums() == [] and np.array_equal(steps, STEPS) and np.array_equal(bits, BITS)
-
-
-def test_the_demo_keeps_its_picture_on_request(monkeypatch, tmp_path, capsys):
-    picture = tmp_path / "run.png"
-    monkeypatch.setattr(sys, "argv", ["curves.py", "--plot", str(picture)])
-    curves.demo()
-    assert size(picture)[1] > 600 and "it is a picture: True" in capsys.readouterr().out

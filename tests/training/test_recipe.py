@@ -22,11 +22,13 @@ def change(name, value):
     return Recipe(**{name: value})
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, kind in FIELDS.items() for value in OF_A_KIND[kind][1]])
-def test_every_field_has_a_kind(name, value):
-    with pytest.raises(RecipeError) as caught:
-        change(name, value)
-    assert str(caught.value) == f"{name} = {value!r} must be {OF_A_KIND[FIELDS[name]][0]}"
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_a_kind(name):
+    kind, others = OF_A_KIND[FIELDS[name]]
+    for value in others:
+        with pytest.raises(RecipeError) as caught:
+            change(name, value)
+        assert str(caught.value) == f"{name} = {value!r} must be {kind}"
 
 
 @pytest.mark.parametrize("name", sorted(POSITIVE | NOT_NEGATIVE))
@@ -38,9 +40,9 @@ def test_every_number_has_a_least_value(name):
         assert str(caught.value) == f"{name} = {value!r} {word}"
 
 
-@pytest.mark.parametrize("name", sorted(NOT_NEGATIVE))
-def test_zero_switches_off(name):
-    assert getattr(change(name, FIELDS[name](0)), name) == 0
+def test_zero_switches_off():
+    for name in NOT_NEGATIVE:
+        assert getattr(change(name, FIELDS[name](0)), name) == 0
 
 
 def test_no_number_is_forgotten():
@@ -97,7 +99,7 @@ def valid(one):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_with_steps_keeps_the_schedules_valid(name):
-    for steps in range(1, 10_001, 1 if name == "micro" else 7):          # micro spends the largest part of its steps on the decay
+    for steps in range(1, 10_001, 1 if name == "micro" else 25):          # micro spends the largest part of its steps on the decay
         other = RECIPES[name].with_steps(steps)
         assert other.steps == steps and 1 <= other.warmup and other.warmup + other.decay <= steps and other.gamma_off <= steps
     assert all(valid(RECIPES[name].with_steps(steps)) for steps in (1, 2, 3, 4, 5, 10, 99, 100, 296, 10_000))
