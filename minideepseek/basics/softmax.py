@@ -24,7 +24,7 @@ def softmax_forward(z):
 def softmax_backward(dp, cache):
     """Every probability pays for the ones that rise: subtract the average of dp under p."""
     p = cache
-    mean_dp = np.sum(p * dp, axis=-1, keepdims=True)                    # (..., 1)   # eq. 3
+    mean_dp = np.vecdot(p, dp)[..., None]                               # (..., 1)   # eq. 3
     dz = p * (dp - mean_dp)                                             # (..., S)   # eq. 4
     return dz
 

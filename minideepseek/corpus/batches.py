@@ -13,7 +13,7 @@ IGNORE = -100            # a target of this value does not count
 def windows(ids, *, seed, step, batch, length, starts=None):
     """The training batch of one step: (tokens, targets), each (batch, length) int64, targets one place further on.
 
-    ids: (n,) the corpus   starts: where a window may begin; None: anywhere
+    ids: (n,) the corpus   starts: where a window may begin, an ascending array; None: anywhere
     A window is a draw with replacement from a generator seeded by (seed, step): the same call gives the same batch on
     every machine, in any order of steps, so a resumed run has nothing to remember.
     Raises ValueError when no window fits.

@@ -7,6 +7,7 @@ if not __package__:  # run as a script: take the package from this repository, a
 
 import dataclasses
 import math
+import sys
 
 ATTENTION = ("mla", "mha", "gqa", "mqa")
 BALANCE = ("none", "aux", "bias")
@@ -120,7 +121,7 @@ def _check_kind(name, default, value):
     elif isinstance(default, int):
         right = isinstance(value, int) and not isinstance(value, bool)
     else:
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        right = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not right:
         kind = {bool: "True or False", str: "a string", int: "a whole number", float: "a finite number"}[type(default)]
         raise ConfigError(f"{name} = {value!r} must be {kind}")

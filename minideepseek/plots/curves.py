@@ -20,16 +20,15 @@ def plot_run(path, steps, *, train_bits, held_steps=(), held_bits=(), floor=None
     steps: (n,)   train_bits, learning_rate, violation: (n,)   held_steps, held_bits: (m,)   bits per byte; MaxVio
     floor: bits per byte, or None when nobody knows it
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     panels = 1 + (learning_rate is not None) + (violation is not None)
-    figure, axes = pyplot.subplots(panels, 1, figsize=(7, 2.6 * panels), sharex=True, squeeze=False)
-    axes = list(axes[:, 0])
+    figure = Figure(figsize=(7, 2.6 * panels))
+    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
     ax = axes.pop(0)
     ax.plot(steps, train_bits, color=BLUE, linewidth=0.8, label="training batch")
-    if len(held_steps):
+    if len(held_steps) or len(held_bits):
         ax.plot(held_steps, held_bits, color=ORANGE, marker="o", markersize=3, label="held-out")
     if floor is not None:
         ax.axhline(floor, color=GREY, linestyle="--", label=f"floor {floor:.3f}")
@@ -47,8 +46,8 @@ def plot_run(path, steps, *, train_bits, held_steps=(), held_bits=(), floor=None
         ax.set_ylim(bottom=0)
     ax.set_xlabel("step")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def demo():

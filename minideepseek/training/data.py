@@ -7,6 +7,7 @@ if not __package__:  # run as a script: take the package from this repository, a
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +42,12 @@ def town_data(recipe, tokenizer=None):
     texts = town.text_of(recipe.seed, recipe.corpus_bytes)
     tokenizer = tokenizer or train("".join(texts[:4_000]), recipe.vocab_size, SPECIAL)
     begin = tokenizer.special[BEGIN]
-    rows = [np.concatenate([[begin], tokenizer.encode(text)]) for text in texts]
+    rows = [np.append(begin, tokenizer.encode(text)) for text in texts]
+    if sum(map(len, rows)) <= recipe.length:
+        raise DataError(f"corpus_bytes = {recipe.corpus_bytes} makes {sum(map(len, rows))} tokens, fewer than a window of {recipe.length}")
     starts = np.cumsum([0, *map(len, rows[:-1])])
     held = list(itertools.islice(town.stories(recipe.seed, held_out=True), recipe.evaluation_stories))
-    held_rows = [np.concatenate([[begin], tokenizer.encode(story.text)]) for story in held]
+    held_rows = [np.append(begin, tokenizer.encode(story.text)) for story in held]
     n_bytes = sum(len(story.text.encode()) for story in held)
     floor = -sum(story.log_p for story in held) / math.log(2) / n_bytes
     return Data(tokenizer, np.concatenate(rows), starts, *whole(held_rows), n_bytes, floor)
@@ -63,13 +66,21 @@ def text_data(path, recipe, tokenizer=None):
         raise DataError(f"{path} is empty")
     cut = len(text) - min(len(text) // 10, 200_000)
     tokenizer = tokenizer or train(text[:min(cut, 5_000_000)], recipe.vocab_size, SPECIAL)
-    ids, held = tokenizer.encode(text[:cut]), tokenizer.encode(text[cut:])
-    if len(ids) < recipe.batch * recipe.length + 1 or len(held) < 2:
+    ids, held = _paragraphs(text[:cut], tokenizer), _paragraphs(text[cut:], tokenizer)
+    if len(ids) < recipe.batch * recipe.length + 1:
         raise DataError(f"{path} makes {len(ids)} training tokens, fewer than one batch: {recipe.batch} windows of {recipe.length}")
-    begin = [tokenizer.special[BEGIN]]
-    rows = [np.concatenate([begin, held[start:start + recipe.length]]) for start in range(0, len(held), recipe.length)][:recipe.evaluation_stories]
-    n_bytes = sum(len(tokenizer.decode_bytes(row[1:])) for row in rows)
+    rows = [held[start:start + recipe.length + 1] for start in range(0, len(held) - 1, recipe.length)][:recipe.evaluation_stories]
+    if not rows:
+        raise DataError(f"{path} leaves {len(held)} tokens to hold out: a tenth of it must be at least two")
+    n_bytes = sum(len(tokenizer.token_bytes(int(id))) for row in rows for id in row[1:] if id != tokenizer.special[BEGIN])
     return Data(tokenizer, ids, None, *whole(rows), n_bytes, None)
+
+
+def _paragraphs(text, tokenizer):
+    """The ids of a text, with BEGIN before every paragraph: so the model learns how one begins."""
+    begin = tokenizer.special[BEGIN]
+    parts = re.split(r"(?<=\n\n)(?=\S)", text)
+    return np.concatenate([np.empty(0, np.int64), *[np.append(begin, tokenizer.encode(part)) for part in parts if part]])
 
 
 def batch(data, recipe, step):

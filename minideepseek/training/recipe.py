@@ -7,6 +7,10 @@ if not __package__:  # run as a script: take the package from this repository, a
 
 import dataclasses
 import math
+import sys
+
+from minideepseek.model.presets import PRESETS
+from minideepseek.tokenizer.chat import SPECIAL
 
 
 class RecipeError(ValueError):
@@ -45,13 +49,13 @@ class Recipe:
     log_every: int = 10
     evaluate_every: int = 150
     save_every: int = 150
-    evaluation_stories: int = 256
+    evaluation_stories: int = 256    # held-out texts; of a text file: windows
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.type
             if kind is float:
-                fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+                fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
             else:
                 fits = type(value) is kind
             self._rule(fits, field.name, f"must be {({int: 'a whole number', float: 'a finite number', str: 'a string'}[kind])}")
@@ -62,6 +66,10 @@ class Recipe:
             self._rule(getattr(self, name) >= 0, name, "must not be negative")
         self._rule(self.batch % self.pieces == 0, "pieces", f"does not divide batch = {self.batch}")
         self._rule(self.warmup + self.decay <= self.steps, "warmup", f"and decay = {self.decay} do not fit into steps = {self.steps}")
+        self._rule(self.gamma_off <= self.steps, "gamma_off", f"exceeds steps = {self.steps}")
+        self._rule(self.vocab_size >= 256 + len(SPECIAL), "vocab_size", f"has no room for 256 bytes and {len(SPECIAL)} special tokens")
+        self._rule(self.model in PRESETS, "model", f"does not exist; there are {', '.join(PRESETS)}")
+        self._rule(self.length <= PRESETS[self.model].max_positions, "length", f"exceeds the model's max_positions = {PRESETS[self.model].max_positions}")
         self._rule(self.floor <= self.peak, "floor", f"exceeds peak = {self.peak}")
         self._rule(self.length > self.n_mtp + 1, "length", f"is too short for n_mtp = {self.n_mtp} modules")
         self._rule(self.balance in ("bias", "aux", "none"), "balance", "must be one of bias, aux, none")
@@ -71,7 +79,7 @@ class Recipe:
             raise RecipeError(f"{name} = {getattr(self, name)!r} {message}")
 
     def with_steps(self, steps):
-        """The same recipe, its schedules stretched to another number of steps."""
+        """The same recipe for another number of steps: decay and gamma_off keep their share, the warm-up at most a quarter."""
         scale, warmup = steps / self.steps, max(1, min(self.warmup, steps // 4))
         return dataclasses.replace(self, steps=steps, warmup=warmup, decay=min(steps - warmup, round(self.decay * scale)),
                                    gamma_off=round(self.gamma_off * scale))

@@ -45,7 +45,7 @@ def model_config(recipe, vocab_size):
 
 def new_model(recipe, config):
     """Fresh weights, as arrays, and the optimiser's state."""
-    weights = init(config, np.random.default_rng([recipe.seed, 1]), std=recipe.init_std, head_std=recipe.head_std)
+    weights = init(config, np.random.default_rng([recipe.seed, 0, 2]), std=recipe.init_std, head_std=recipe.head_std)
     return weights, new_state(trained_arrays(weights))
 
 

@@ -76,7 +76,6 @@ def test_lists_and_a_single_point_will_do(drawn):
 def test_what_does_not_fit_together_is_refused_aloud(drawn, wrong):
     with pytest.raises(ValueError):
         plot_run("unused.png", STEPS, **{"train_bits": BITS} | wrong)
-    matplotlib.pyplot.close("all")
     assert not drawn
 
 
@@ -84,10 +83,10 @@ def test_a_folder_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda figure: None)
     with pytest.raises(FileNotFoundError):
         plot_run(tmp_path / "nowhere" / "curves.png", STEPS, train_bits=BITS)
-    matplotlib.pyplot.close("all")
 
 
 def test_no_figure_is_left_open_and_nothing_is_changed(drawn):
     steps, bits = STEPS.copy(), BITS.copy()
     plot_run("unused.png", steps, train_bits=bits, **HELD, **FLOOR)
-    assert matplotlib.pyplot.get_fignums() == [] and np.array_equal(steps, STEPS) and np.array_equal(bits, BITS)
+    assert "matplotlib.pyplot" not in sys.modules or matplotlib.pyplot.get_fignums() == []
+    assert np.array_equal(steps, STEPS) and np.array_equal(bits, BITS)

@@ -117,20 +117,34 @@ def test_bits_per_byte_by_hand():
 
 # ---- a text file ----
 
+def spelt(tokenizer, ids):
+    """The text of some ids without the tokens that mark beginnings."""
+    return tokenizer.decode([id for id in ids if id != tokenizer.special[BEGIN]])
+
+
 def test_a_good_text_is_cut_once_and_nothing_is_lost(file):
     data = text_data(file(TEXT), RECIPE)
     cut = len(TEXT) - len(TEXT) // 10
-    assert data.tokenizer.decode(data.ids) == TEXT[:cut] and data.floor is None and data.starts is None
+    assert spelt(data.tokenizer, data.ids) == TEXT[:cut] and data.floor is None and data.starts is None
     rows = list(held_rows(data))
-    assert {int(row[0]) for row in rows} == {data.tokenizer.special[BEGIN]} and len(rows) == 5
-    held = data.tokenizer.decode_bytes(np.concatenate([row[1:] for row in rows]))
-    assert TEXT[cut:].encode().startswith(held) and data.held_bytes == len(held) and {len(row) for row in rows} == {33}
+    assert len(rows) == 5 and {len(row) for row in rows} == {33} and rows[0][0] == data.tokenizer.special[BEGIN]
+    assert all(first[-1] == second[0] for first, second in zip(rows, rows[1:]))          # each row's first token was predicted before
+    held = spelt(data.tokenizer, np.concatenate([row[1:] for row in rows])).encode()
+    assert TEXT[cut:].encode().startswith(held) and data.held_bytes == len(held)
 
     everything = text_data(file(TEXT), Recipe(vocab_size=300, evaluation_stories=10_000, length=32))
     rows = list(held_rows(everything))
-    assert everything.tokenizer.decode(np.concatenate([row[1:] for row in rows])) == TEXT[cut:]
+    assert spelt(everything.tokenizer, np.concatenate([row[1:] for row in rows])) == TEXT[cut:]
     assert everything.held_bytes == len(TEXT[cut:].encode()) > len(TEXT[cut:])      # bytes, not characters
     assert {len(row) for row in rows[:-1]} == {33} and 2 <= len(rows[-1]) <= 33
+
+
+def test_every_paragraph_of_a_text_has_a_beginning(file):
+    text = "first paragraph\nstill the first\n\nsecond\n\n\n  third?\n\nfourth\n" * 60
+    data = text_data(file(text), RECIPE)
+    begins = np.flatnonzero(data.ids == data.tokenizer.special[BEGIN])
+    after = {data.tokenizer.decode(data.ids[i + 1:i + 30])[:5] for i in begins[:-1]}
+    assert after == {"first", "secon", "fourt"} or after == {"first", "secon", "fourt", "  thi"}
 
 
 def test_the_tail_is_in_neither_the_ids_nor_the_tokenizer(file, monkeypatch):
@@ -140,7 +154,7 @@ def test_the_tail_is_in_neither_the_ids_nor_the_tokenizer(file, monkeypatch):
     text = TEXT + TAIL[-len(TEXT) // 9:]
     data = text_data(file(text), RECIPE)
     cut = len(text) - len(text) // 10
-    assert seen == [text[:cut]] and data.tokenizer.decode(data.ids) == text[:cut]
+    assert seen == [text[:cut]] and spelt(data.tokenizer, data.ids) == text[:cut]
     held = data.tokenizer.decode(np.concatenate([row[1:] for row in held_rows(data)]))
     words = [word for word in held.split()[1:-1] if word.startswith("XYZZY")]
     assert len(words) > 3 and not any(word in data.tokenizer.decode(data.ids) for word in words)
@@ -149,7 +163,7 @@ def test_the_tail_is_in_neither_the_ids_nor_the_tokenizer(file, monkeypatch):
 def test_at_most_200_000_characters_are_held_out(file):
     text = ("café" * 12 + "\n") * 43_000                                  # 2.1 million characters, and more bytes
     data = text_data(file(text), RECIPE, train(text[:4_900], 300, SPECIAL))
-    assert len(data.tokenizer.decode(data.ids)) == len(text) - 200_000
+    assert len(spelt(data.tokenizer, data.ids)) == len(text) - 200_000
 
 
 def test_windows_of_a_text_begin_anywhere_and_stay_in_it(file):
@@ -166,8 +180,8 @@ def test_windows_of_a_text_begin_anywhere_and_stay_in_it(file):
     (b"caf\xe9 au lait", "is not UTF-8: .* can't decode byte 0xe9 in position 3"),
     (b"\xff\xfea\x00b\x00", "is not UTF-8: .* 0xff in position 0"),
     (TEXT.encode()[:-1] + b"\xc3", "is not UTF-8: .* 0xc3"),
-    ("too short", "makes 9 training tokens, fewer than one batch: 8 windows of 32"),
-    ("x", "makes 1 training tokens, fewer than one batch"),
+    ("too short", "makes 10 training tokens, fewer than one batch: 8 windows of 32"),
+    ("x", "makes 2 training tokens, fewer than one batch"),
 ])
 def test_a_text_that_cannot_be_trained_on(file, content, message):
     path = file(content)
@@ -178,18 +192,17 @@ def test_a_text_that_cannot_be_trained_on(file, content, message):
 
 def test_exactly_one_batch_is_enough_and_one_token_less_is_not(file):
     tokenizer = Tokenizer([], SPECIAL)                                   # a token is a byte
-    n = 8 * 32 + 1
+    n = 8 * 32                                                           # and the token that marks the beginning
     enough = next("x" * m for m in range(n, 2 * n) if m - m // 10 == n)
-    assert len(text_data(file(enough), RECIPE, tokenizer).ids) == n
-    with pytest.raises(DataError, match=f"makes {n - 1} training tokens"):
+    assert len(text_data(file(enough), RECIPE, tokenizer).ids) == n + 1
+    with pytest.raises(DataError, match=f"makes {n} training tokens"):
         text_data(file(next("x" * m for m in range(n, 2 * n) if m - m // 10 == n - 1)), RECIPE, tokenizer)
 
 
 def test_a_held_out_part_that_is_too_short_is_called_that(file):
     small = Recipe(batch=2, length=4, pieces=1)
-    with pytest.raises(DataError) as caught:
-        text_data(file("fifteen letters"), small, Tokenizer([], SPECIAL))
-    assert "14 training tokens, fewer than one batch: 2 windows of 4" not in str(caught.value)      # they are enough; one held-out token is not
+    with pytest.raises(DataError, match="leaves 0 tokens to hold out: a tenth of it must be at least two"):
+        text_data(file("nine char"), small, Tokenizer([], SPECIAL))
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
