@@ -1,6 +1,7 @@
 """The command line: train, generate and export, what they print, and the exit codes: 0 right, 1 wrong, 2 cannot be used."""
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -76,14 +77,16 @@ def test_train_stopped_and_resumed(capsys, monkeypatch, no_picture, trained):
 
     def interrupted(*args, **options):
         calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "train_step", interrupted)
         assert main(["train", "--preset", "micro", "--steps", "3", "--out", "run"]) == 0
-    assert "stopped at step 2 of 3, saved. To go on: python -m minideepseek train --resume run" in capsys.readouterr().out
+    step = load_checkpoint("run").step
+    assert step in (1, 2)                                              # the second step is given up, or finished first
+    assert f"stopped at step {step} of 3, saved. To go on: python -m minideepseek train --resume run" in capsys.readouterr().out
     assert main(["train", "--resume", "run", "--workers", "1"]) == 0
     for name in (NAME, "log.csv", "samples/step_000003.txt"):
         assert (trained / name).read_bytes() == open(f"run/{name}", "rb").read()

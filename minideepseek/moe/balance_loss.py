@@ -6,12 +6,12 @@ if not __package__:  # run as a script: take the package from this repository, a
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
 import numpy as np
-from scipy.special import expit as sigmoid
 
 from minideepseek.autograd.gradcheck import report
 from minideepseek.autograd.tape import op
 from minideepseek.basics.linear import linear_backward, linear_forward
 from minideepseek.basics.softmax import softmax_backward, softmax_forward
+from minideepseek.basics.swiglu import sigmoid
 from minideepseek.moe.router import best, wide_gaps
 
 

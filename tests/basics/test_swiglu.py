@@ -5,7 +5,7 @@ import numpy as np
 from minideepseek.autograd.gradcheck import gradcheck
 from minideepseek.autograd.tape import Tape, Tensor
 from minideepseek.basics.linear import linear
-from minideepseek.basics.swiglu import silu_mul, silu_mul_forward, swiglu, swiglu_backward, swiglu_examples, swiglu_forward
+from minideepseek.basics.swiglu import sigmoid, silu_mul, silu_mul_forward, swiglu, swiglu_backward, swiglu_examples, swiglu_forward
 
 rng = np.random.default_rng(0)
 
@@ -68,3 +68,13 @@ def test_large_inputs_do_not_overflow():
     with np.errstate(over="raise"):
         h, _ = silu_mul_forward(np.array([-1e4, 1e4], np.float32), np.ones(2, np.float32))
     assert h.tolist() == [0, 1e4]
+
+
+def test_sigmoid_is_right_and_quiet_at_both_ends():
+    from scipy.special import expit
+
+    for dtype, tolerance in ((np.float64, 1e-15), (np.float32, 2e-7)):
+        a = np.array([-1e4, -800, -100, -20, -1, 0, 1, 20, 100, 1e4], dtype)
+        with np.errstate(all="raise", under="ignore"):
+            s = sigmoid(a)
+        assert s.dtype == dtype and np.abs(s - expit(a)).max() <= tolerance and s[0] == 0 and s[-1] == 1
