@@ -120,6 +120,7 @@ def train(run, *, say=print, live=None, workers=None, stop_at=None):
     """
     recipe, data, began, first = run.recipe, run.data, time.perf_counter(), run.step
     keep_freed_memory()
+    sys.setswitchinterval(5e-4)                                           # seconds a piece waits for the interpreter: less than an op takes
     workers = min(recipe.pieces, workers or os.cpu_count() or 1)
     floor = data.floor or 0.0
     per_token = data.held_bytes / (data.held_targets >= 0).sum()          # bytes, on average

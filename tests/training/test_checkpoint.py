@@ -8,7 +8,7 @@ import pytest
 
 from minideepseek.interop import safetensors
 from minideepseek.interop.safetensors import DTYPES, CheckpointError, SafeTensors, write
-from minideepseek.training.checkpoint import NAME, PREVIOUS, Checkpoint, checksum, fingerprint, load_checkpoint, save_checkpoint
+from minideepseek.training.checkpoint import NAME, PREVIOUS, Checkpoint, fingerprint, load_checkpoint, save_checkpoint
 
 FACTS = {"recipe": {"seed": 0, "peak": 3e-3}, "text": None, "name": "Zoë's \"town\"", "list": [1, 2.5, True]}
 ARRAYS = {"weights.W": np.arange(6, dtype=np.float32).reshape(2, 3), "m.W": np.full(3, 1e-30), "ids": np.array([3, -1])}
@@ -168,13 +168,16 @@ def test_other_files_and_none(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_the_checksum_looks_at_everything():
-    plain = checksum(1, "{}", ARRAYS)
-    W = ARRAYS["weights.W"]
-    others = [checksum(2, "{}", ARRAYS), checksum(1, "{ }", ARRAYS), checksum(1, "{}", dict(reversed(ARRAYS.items()))),
-              *[checksum(1, "{}", ARRAYS | {"weights.W": other}) for other in (W.reshape(3, 2), W.view(np.int32), np.nextafter(W, 9))],
-              checksum(1, "{}", {name.replace("m.", "v."): array for name, array in ARRAYS.items()})]
-    assert len({plain, *others}) == 8 and plain == checksum(1, "{}", {name: array.copy() for name, array in ARRAYS.items()})
+def test_the_checksum_looks_at_everything(tmp_path):
+    def signature(step, facts, arrays):
+        save_checkpoint(tmp_path, Checkpoint(step, arrays, facts))
+        return SafeTensors(tmp_path / NAME).metadata["sha256"]
+
+    plain, W = signature(1, {}, ARRAYS), ARRAYS["weights.W"]
+    others = [signature(2, {}, ARRAYS), signature(1, {"": 0}, ARRAYS), signature(1, {}, dict(reversed(ARRAYS.items()))),
+              *[signature(1, {}, ARRAYS | {"weights.W": other}) for other in (W.reshape(3, 2), W.view(np.int32), np.nextafter(W, np.float32(9)))],
+              signature(1, {}, {name.replace("m.", "v."): array for name, array in ARRAYS.items()})]
+    assert len({plain, *others}) == 8 and plain == signature(1, {}, {name: array.copy() for name, array in ARRAYS.items()})
 
 
 def test_a_save_makes_these_calls(tmp_path, monkeypatch):

@@ -160,7 +160,7 @@ def test_a_piece_counts_as_much_as_it_has_targets(spoil):
 @pytest.mark.parametrize("options", [{"n_mtp": 1, "balance_weight": 0.0}, {"n_mtp": 0, "balance_weight": 0.1}])
 def test_the_other_losses_of_a_piece_have_shares_of_their_own(options):
     (unsplit, report), (split, said) = [first_gradients(pieces, spoil=short_rows, dtype=np.float64, **options) for pieces in (1, 2)]
-    assert distance(split, unsplit) < 1e-12 and (said.mtp, said.balance) == pytest.approx((report.mtp, report.balance), rel=1e-12)
+    assert distance(split, unsplit) < 1e-12 and (*said.mtp, said.balance) == pytest.approx((*report.mtp, report.balance), rel=1e-12)
 
 
 @pytest.mark.xfail(strict=True, reason="0 / 0: the error speaks of the gradient of E")
