@@ -56,13 +56,13 @@ def _parser():
         return one
 
     one = command("train", _train, "train a model from text")
-    one.add_argument("--preset", default="tiny", help=f"{', '.join(RECIPES)}; default: tiny")
+    one.add_argument("--preset", help=f"{', '.join(RECIPES)}; default: tiny")
     one.add_argument("--text", help="a UTF-8 text file; default: stories of the town, whose entropy is known")
     one.add_argument("--steps", type=int, help="how many steps, instead of the preset's")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=int, help="default: 0")
     one.add_argument("--out", help="a new folder for the run; default: runs/<preset>-0 or the next number")
     one.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
-    one.add_argument("--workers", type=int, help="pieces of a batch at the same time; default: one for each core")
+    one.add_argument("--workers", type=_positive, help="pieces of a batch at the same time; default: one for each core")
 
     one = command("generate", _generate, "what a trained model tells")
     one.add_argument("folder", metavar="RUN")
@@ -93,17 +93,27 @@ def _parser():
     return parser
 
 
+def _positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
 def _train(options):
     if options.resume:
+        others = [f"--{name}" for name in ("preset", "text", "steps", "seed", "out") if getattr(options, name) is not None]
+        if others:
+            raise pretrain.RunError(f"--resume goes on with what the run was begun with: leave out {', '.join(others)}")
         run = pretrain.resume(options.resume)
     else:
-        chosen = dataclasses.replace(recipe(options.preset), seed=options.seed)
+        name = options.preset or "tiny"
+        chosen = dataclasses.replace(recipe(name), seed=options.seed or 0)
         if options.steps is not None:
             if options.steps < 1:
                 raise RecipeError(f"steps = {options.steps} must be positive")
             chosen = chosen.with_steps(options.steps)
         print("preparing the text and its tokenizer", flush=True)
-        run = pretrain.begin(options.out or _next_folder(options.preset), chosen, text=options.text)
+        run = pretrain.begin(options.out or _next_folder(name), chosen, text=options.text)
     live = (lambda line: print(f"\r\033[K{line}", end="", flush=True)) if sys.stdout.isatty() else None
     floor = run.data.floor
     print(f"{run.folder}: {len(run.data.ids):,} tokens, {run.recipe.steps} steps" + (f", floor {floor:.3f} bits per byte" if floor else ""), flush=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from minideepseek.interop.safetensors import CheckpointError, SafeTensors, sync_folder, write
 
 FORMAT = 1
+SIGNED = ("minideepseek", "step", "facts", "machine")          # what the checksum covers beside the arrays
 NAME, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 
 
@@ -37,8 +39,8 @@ def save_checkpoint(folder, checkpoint):
     """
     path, previous = Path(folder) / NAME, Path(folder) / PREVIOUS
     facts = json.dumps(checkpoint.facts, sort_keys=True)
-    metadata = {"minideepseek": str(FORMAT), "step": str(checkpoint.step), "facts": facts, "machine": fingerprint(),
-                "sha256": checksum(checkpoint.step, facts, checkpoint.arrays)}
+    metadata = {"minideepseek": str(FORMAT), "step": str(checkpoint.step), "facts": facts, "machine": fingerprint()}
+    metadata["sha256"] = checksum(metadata, checkpoint.arrays)
     new = path.with_name(f"{NAME}.new")
     for left_over in path.parent.glob(f".{NAME}.new.*.tmp"):       # of a save that was killed
         left_over.unlink(missing_ok=True)
@@ -51,6 +53,7 @@ def save_checkpoint(folder, checkpoint):
         except OSError:
             shutil.copyfile(path, aside)
         os.replace(aside, previous)
+        aside.unlink(missing_ok=True)                  # two names of one file: then renaming does nothing
     os.replace(new, path)
     sync_folder(path.parent)
 
@@ -68,12 +71,12 @@ def load_checkpoint(path):
     try:
         tensors = SafeTensors(path)
         meta = tensors.metadata
-        if not {"minideepseek", "step", "facts", "sha256"} <= meta.keys() or not meta["minideepseek"].isdigit() or not meta["step"].isdigit():
+        if not {*SIGNED, "sha256"} <= meta.keys() or not re.fullmatch("[1-9][0-9]{0,8}", meta["minideepseek"]) or not re.fullmatch("[0-9]{1,18}", meta["step"]):
             raise CheckpointError(f"{path} is not a checkpoint of a run")
         if int(meta["minideepseek"]) > FORMAT:
             raise CheckpointError(f"{path} has format {meta['minideepseek']}, this program knows up to {FORMAT}: update it")
         arrays = {name: np.array(array) for name, array in tensors.items()}
-        if checksum(int(meta["step"]), meta["facts"], arrays) != meta["sha256"]:
+        if checksum(meta, arrays) != meta["sha256"]:
             raise CheckpointError(f"{path} is damaged: its checksum does not fit")
         return Checkpoint(int(meta["step"]), arrays, json.loads(meta["facts"]))
     except CheckpointError as error:
@@ -82,12 +85,12 @@ def load_checkpoint(path):
         raise CheckpointError(f"{error}{hint}") from None
 
 
-def checksum(step, facts, arrays):
-    """SHA-256 over the step, the facts and every array with its name, dtype and shape."""
-    digest = hashlib.sha256(f"{step}\n{facts}\n".encode())
+def checksum(metadata, arrays):
+    """SHA-256 over the metadata and every array with its name, dtype and shape."""
+    digest = hashlib.sha256("\n".join(metadata[name] for name in SIGNED).encode())
     for name, array in arrays.items():
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))       # as bytes: bfloat16 has no buffer of its own
     return digest.hexdigest()
 
 

@@ -5,15 +5,17 @@ Derivation: whiteboard/training/pretrain.md     Source: DeepSeek-V3, arXiv:2412.
 if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
+import codecs
 import contextlib
 import csv
-import dataclasses
-import itertools
+import hashlib
 import json
-import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +45,7 @@ class RunError(ValueError):
 
 
 class Run:
-    """A run in progress. folder, recipe, config, weights (arrays), state, data, step: the number of the next step."""
+    """A run in progress. folder, recipe, config, weights (arrays), state, data; text: its file and checksum, or None; step: the next one."""
 
     def __init__(self, folder, recipe, data, text=None):
         self.folder, self.recipe, self.data, self.text, self.step = Path(folder), recipe, data, text, 0
@@ -74,15 +76,28 @@ def begin(folder, recipe, *, text=None):
     if folder.exists():
         raise RunError(f"{folder} exists and is not overwritten: choose another folder, or --resume {folder}")
     data = text_data(text, recipe) if text else town_data(recipe)
-    folder.mkdir(parents=True)
-    run = Run(folder, recipe, data, str(text) if text else None)
-    data.tokenizer.save(folder / "tokenizer.json")
-    with replacing(folder / "run.json") as file:
-        file.write(json.dumps({"recipe": recipe.to_dict(), "config": run.config.to_dict(), "text": run.text}, indent=2).encode())
-    with replacing(folder / "log.csv") as file:
-        file.write((",".join(COLUMNS) + "\n").encode())
-    run.save()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    begun = folder.with_name(f".{folder.name}.{os.getpid()}.begun")
+    begun.mkdir()
+    try:
+        run = Run(begun, recipe, data, {"file": str(text), "sha256": digest(text)} if text else None)
+        data.tokenizer.save(begun / "tokenizer.json")
+        with replacing(begun / "run.json") as file:
+            file.write(json.dumps({"recipe": recipe.to_dict(), "config": run.config.to_dict(), "text": run.text}, indent=2).encode())
+        with replacing(begun / "log.csv") as file:
+            file.write((",".join(COLUMNS) + "\n").encode())
+        run.save()
+        os.rename(begun, folder)
+    except BaseException:
+        shutil.rmtree(begun, ignore_errors=True)
+        raise
+    run.folder = folder
     return run
+
+
+def digest(path):
+    """The SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def resume(folder, recipe=None):
@@ -100,13 +115,18 @@ def resume(folder, recipe=None):
     if recipe is not None and own != recipe:
         raise RunError(f"{folder} was begun with another recipe: " + "; ".join(own.differences(recipe)))
     tokenizer, text = Tokenizer.load(folder / "tokenizer.json"), checkpoint.facts["text"]
-    data = text_data(text, own, tokenizer) if text else town_data(own, tokenizer)
+    if text and digest(text["file"]) != text["sha256"]:
+        raise RunError(f"{text['file']} has changed since {folder} was begun: the batches would be others")
+    data = text_data(text["file"], own, tokenizer) if text else town_data(own, tokenizer)
     run = Run(folder, own, data, text)
     run.restore(checkpoint)
-    rows = (folder / "log.csv").read_text().splitlines(keepends=True)
-    kept = rows[:1] + [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) < checkpoint.step]
+    rows = (folder / "log.csv").read_text().splitlines(keepends=True)[1:]
+    whole = [row for row in rows if row.endswith("\n")]                       # the last may be half written
+    strange = [row for row in whole if not row.split(",")[0].isdecimal()]
+    if strange:
+        raise RunError(f"{folder / 'log.csv'} holds a line that is no row of a log: {strange[0]!r}")
     with replacing(folder / "log.csv") as file:
-        file.write("".join(kept).encode())
+        file.write("".join([",".join(COLUMNS) + "\n", *[row for row in whole if int(row.split(",")[0]) < checkpoint.step]]).encode())
     return run
 
 
@@ -125,28 +145,26 @@ def train(run, *, say=print, live=None, workers=None, stop_at=None):
     floor = data.floor or 0.0
     per_token = data.held_bytes / (data.held_targets >= 0).sum()          # bytes, on average
     last = recipe.steps if stop_at is None else min(stop_at, recipe.steps)
-    with ThreadPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool, open(run.folder / "log.csv", "a", newline="") as log:
-        try:
-            while run.step < last:
-                step = run.step
-                tokens, targets = batch(data, recipe, step)
-                report = train_step(run.weights, run.state, tokens, targets, step=step, config=run.config, recipe=recipe, workers=pool)
-                run.step += 1
-                done = run.step == recipe.steps
-                held = _held_bits(run) if done or run.step % recipe.evaluate_every == 0 else None
-                if held is not None or step % recipe.log_every == 0:
-                    bits = bits_per_byte(report.main, per_token)
-                    row = (step, report.main, float(np.mean(report.mtp or 0.0)), report.balance, bits, held, None if held is None or data.floor is None else held - floor,
-                           float(np.mean(report.violations or 0.0)), schedules(step, recipe)["lr"], report.norm)
-                    csv.writer(log, lineterminator="\n").writerow([step, *["" if value is None else repr(float(value)) for value in row[1:]]])
-                    log.flush()
-                    _show(run, bits, held, first, began, live, say)
-                if held is not None:
-                    _sample(run, held)
-                if done or run.step % recipe.save_every == 0:
-                    run.save()
-        except KeyboardInterrupt:
-            pass
+    with (ThreadPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool, open(run.folder / "log.csv", "a", newline="") as log,
+          _ctrl_c_waits() as asked):
+        while run.step < last and not asked:
+            step = run.step
+            tokens, targets = batch(data, recipe, step)
+            report = train_step(run.weights, run.state, tokens, targets, step=step, config=run.config, recipe=recipe, workers=pool)
+            run.step += 1
+            done = run.step == recipe.steps
+            held = _held_bits(run) if done or run.step % recipe.evaluate_every == 0 else None
+            if held is not None or step % recipe.log_every == 0:
+                bits = bits_per_byte(report.main, per_token)
+                row = (step, report.main, float(np.mean(report.mtp or 0.0)), report.balance, bits, held, None if held is None or data.floor is None else held - floor,
+                       float(np.mean(report.violations or 0.0)), schedules(step, recipe)["lr"], report.norm)
+                csv.writer(log, lineterminator="\n").writerow([step, *["" if value is None else repr(float(value)) for value in row[1:]]])
+                log.flush()
+                _show(run, bits, held, first, began, live, say)
+            if held is not None:
+                _sample(run, held)
+            if done or run.step % recipe.save_every == 0:
+                run.save()
         if run.step < recipe.steps:
             run.save()
             say(f"\nstopped at step {run.step} of {recipe.steps}, saved. To go on: python -m minideepseek train --resume {run.folder}")
@@ -180,12 +198,36 @@ def load_run(folder):
 
 def story(weights, config, tokenizer, *, prompt="", seed=0, temperature=1.0, max_new_tokens=SAMPLE_TOKENS, **options):
     """An iterator over the text that a model tells, piece by piece, until it would begin another story."""
-    begin = tokenizer.special[BEGIN]
-    ids = np.concatenate([[begin], tokenizer.encode(prompt)]).astype(np.int64)
-    for token in generate(ids, weights, config, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=[begin], **options):
-        if token == begin:
-            return
-        yield tokenizer.token_bytes(token).decode("utf-8", errors="replace")
+    first = tokenizer.special[BEGIN]
+    ids = np.append(first, tokenizer.encode(prompt))
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")         # a character may be spread over tokens
+    for token in generate(ids, weights, config, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=[first], **options):
+        if token == first:
+            break
+        if piece := decoder.decode(tokenizer.token_bytes(token)):
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits():
+    """A list that is empty until somebody presses Ctrl-C: the step is finished first. The second time it breaks off, unsaved."""
+    asked = []
+
+    def ask(*_):
+        asked.append(True)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():          # signals reach the main thread only
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _held_bits(run):
@@ -216,20 +258,20 @@ def _show(run, bits, held, first, began, live, say):
 
 
 def demo():
-    """A run of twelve steps, stopped in the middle and resumed: the same bytes as the run that was never stopped."""
-    recipe = Recipe(model="micro", steps=12, batch=2, length=32, corpus_bytes=20_000, vocab_size=300, warmup=2, decay=6, gamma_off=2, log_every=1,
-                    evaluate_every=12, save_every=5, evaluation_stories=4)
+    """A run of four steps, stopped in the middle and resumed: the same bytes as the run that was never stopped."""
+    recipe = Recipe(model="micro", steps=4, batch=2, length=24, corpus_bytes=10_000, vocab_size=300, warmup=1, decay=2, gamma_off=1, log_every=1,
+                    evaluate_every=4, save_every=2, evaluation_stories=2)
     quiet = lambda line: None
     with tempfile.TemporaryDirectory() as parent:
         whole, cut = begin(Path(parent, "whole"), recipe), begin(Path(parent, "cut"), recipe)
         train(whole, say=quiet, workers=1)
-        train(cut, say=quiet, workers=1, stop_at=7)
+        train(cut, say=quiet, workers=1, stop_at=3)
         train(resume(Path(parent, "cut"), recipe), say=quiet, workers=2)
         files = sorted(path.name for path in Path(parent, "whole").iterdir())
         same = [Path(parent, "whole", name).read_bytes() == Path(parent, "cut", name).read_bytes() for name in (NAME, "log.csv")]
         print("shapes    a run's folder:", *files)
         print("log      ", *Path(parent, "cut", "log.csv").read_text().splitlines()[:2], sep="\n          ")
-    print(f"claim     stopped at step 7 and resumed with other workers: checkpoint and log are the same bytes: {all(same)}")
+    print(f"claim     stopped at step 3 and resumed with other workers: checkpoint and log are the same bytes: {all(same)}")
     assert all(same)
 
 

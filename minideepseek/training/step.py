@@ -62,9 +62,11 @@ def train_step(weights, state, tokens, targets, *, step, config, recipe, workers
     the pieces are those of the recipe, and their gradients are added in order.
     Raises TrainingError when a loss or a gradient is not finite; nothing has been changed then.
     """
-    speeds, n_targets = schedules(step, recipe), (targets != IGNORE).sum()
+    speeds, totals = schedules(step, recipe), counted(targets, config.n_mtp)
+    if not totals[0]:
+        raise TrainingError(f"step {step}: no target of the batch counts")
     rows = np.split(np.arange(len(tokens)), recipe.pieces)
-    one = functools.partial(piece, weights=weights, step=step, config=config, speeds=speeds, n_targets=n_targets)
+    one = functools.partial(piece, weights=weights, step=step, config=config, speeds=speeds, totals=totals, n_rows=len(tokens))
     done = list((workers.map if workers else map)(one, [tokens[r] for r in rows], [targets[r] for r in rows]))
     gradients = {name: functools.reduce(np.add, [part.gradients[name] for part in done]) for name in done[0].gradients}
     counts = [sum(of_layer) for of_layer in zip(*[part.counts for part in done])]
@@ -82,13 +84,13 @@ def train_step(weights, state, tokens, targets, *, step, config, recipe, workers
 
 
 class Piece(NamedTuple):
-    """What a part of the batch gives; losses and gradients are weighted by its share of the targets."""
+    """What a part of the batch gives; each loss and its gradient are weighted by its share of what that loss is a mean of."""
     gradients: dict          # {name: array}
     counts: list             # of each layer with experts: tokens per expert
     values: list             # main loss, mean balance, the modules' losses
 
 
-def piece(tokens, targets, *, weights, step, config, speeds, n_targets):
+def piece(tokens, targets, *, weights, step, config, speeds, totals, n_rows):
     """Forward and backward of some rows of the batch."""
     trained = trainable(weights)
     with Tape() as tape:
@@ -98,11 +100,19 @@ def piece(tokens, targets, *, weights, step, config, speeds, n_targets):
     seeds = loss.seeds(speeds["mtp_weight"]) | dict.fromkeys(balance, speeds["balance_weight"])
     if not all(np.isfinite(each.data) for each in seeds):
         raise TrainingError(f"step {step}: {first_bad(tape)}")
-    share = float((targets != IGNORE).sum() / n_targets)
-    tape.backward({each: seed * share for each, seed in seeds.items()})
-    values = [loss.main.data, np.mean([each.data for each in balance] or [0.0]), *[each.data for each in loss.mtp]]
+    of_main, *of_modules = [float(mine / max(total, 1)) for mine, total in zip(counted(targets, config.n_mtp), totals)]
+    of_rows = len(tokens) / n_rows                                  # the balance loss is a mean over rows
+    shares = {loss.main: of_main} | dict(zip(loss.mtp, of_modules)) | dict.fromkeys(balance, of_rows)
+    tape.backward({each: seed * shares[each] for each, seed in seeds.items()})
+    values = [of_main * loss.main.data, of_rows * np.mean([each.data for each in balance] or [0.0]),
+              *[share * each.data for share, each in zip(of_modules, loss.mtp)]]
     return Piece(params.gradients(trained), [expert_counts(route.chosen.data, config.n_routed) for route, _ in routed],
-                 [share * float(value) for value in values])
+                 [float(value) for value in values])
+
+
+def counted(targets, n_mtp):
+    """How many targets count: for the main model, and for each module, which predicts one place further."""
+    return [(targets[:, k:] != IGNORE).sum() for k in range(n_mtp + 1)]
 
 
 def expert_blocks(weights):

@@ -156,14 +156,12 @@ def test_a_piece_counts_as_much_as_it_has_targets(spoil):
     assert distance(split, unsplit) < 1e-12 and said.main == pytest.approx(report.main, rel=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="share counts the main model's targets: a module's, and the rows of the balance loss, are others")
 @pytest.mark.parametrize("options", [{"n_mtp": 1, "balance_weight": 0.0}, {"n_mtp": 0, "balance_weight": 0.1}])
 def test_the_other_losses_of_a_piece_have_shares_of_their_own(options):
     (unsplit, report), (split, said) = [first_gradients(pieces, spoil=short_rows, dtype=np.float64, **options) for pieces in (1, 2)]
     assert distance(split, unsplit) < 1e-12 and (*said.mtp, said.balance) == pytest.approx((*report.mtp, report.balance), rel=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="0 / 0: the error speaks of the gradient of E")
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_batch_without_targets_is_refused_for_what_it_is():
     recipe, config, weights, state, tokens, targets = case()
