@@ -30,7 +30,7 @@ class Recipe:
     vocab_size: int = 512            # of the tokenizer, special tokens included
 
     init_std: float = 0.08           # about 1 / sqrt(d_model); V3's 0.006 is half of that at its width
-    head_std: float = 0.04           # of the output head: above 0.5 / sqrt(d_model) the first loss is no longer ln(vocabulary)
+    head_std: float = 0.03           # of the output head: above 0.4 / sqrt(d_model) the first loss is no longer ln(vocabulary)
     peak: float = 3e-3               # learning rate
     warmup: int = 40                 # steps
     decay: int = 450                 # the last steps, in which it falls
@@ -105,7 +105,7 @@ class Recipe:
 RECIPES = {
     "micro": Recipe(model="micro", steps=400, decay=300, init_std=0.12, corpus_bytes=1_500_000, gamma_off=40, evaluate_every=200, save_every=200),
     "tiny": Recipe(),
-    "small": Recipe(model="small", steps=3_000, init_std=0.06, head_std=0.03, length=256, decay=2_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=200,
+    "small": Recipe(model="small", steps=3_000, init_std=0.06, head_std=0.025, length=256, decay=2_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=200,
                     evaluate_every=500, save_every=250),
 }
 
