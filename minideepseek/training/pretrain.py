@@ -80,7 +80,7 @@ def begin(folder, recipe, *, text=None):
     begun = folder.with_name(f".{folder.name}.{os.getpid()}.begun")
     begun.mkdir()
     try:
-        run = Run(begun, recipe, data, {"file": str(text), "sha256": digest(text)} if text else None)
+        run = Run(begun, recipe, data, {"file": str(Path(text).resolve()), "sha256": digest(text)} if text else None)
         data.tokenizer.save(begun / "tokenizer.json")
         with replacing(begun / "run.json") as file:
             file.write(json.dumps({"recipe": recipe.to_dict(), "config": run.config.to_dict(), "text": run.text}, indent=2).encode())
