@@ -43,6 +43,10 @@ BUGS = {
         "minideepseek/attention/yarn.py", "temperature(factor, mscale) ** 2 /", "temperature(factor, mscale) /"),
     "16 the mask forgets the cached keys": (
         "minideepseek/attention/causal.py", "np.arange(T)[:, None] + (S - T)", "np.arange(T)[:, None]"),
+    "17 tile instead of repeat": (
+        "minideepseek/attention/grouped_query.py",
+        "    k = np.repeat(k_group, H // G, axis=1)          # 0, 0, 1, 1: repeat        # (B, H, T, K)   # eq. 6\n    v = np.repeat(v_group, H // G, axis=1) ",
+        "    k = np.tile(k_group, (1, H // G, 1, 1))\n    v = np.tile(v_group, (1, H // G, 1, 1)) "),
     "18 the selection bias added to the gates": (
         "minideepseek/moe/router.py", "picked = np.take_along_axis(score, chosen, axis=-1)",
         "picked = np.take_along_axis(score if b_select is None else score + b_select, chosen, axis=-1)"),

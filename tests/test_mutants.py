@@ -12,6 +12,7 @@ from tests.mutants import PLAIN_SCALINGS, cases, killed_by, mutants
 ONE_AXIS = "the transpose of an array of one axis is itself"
 COPIES = "both are copies of dy"
 _mla = "return (dx, dW_DQ, dg_q, dW_UQ, dW_QR, dW_DKV, dW_KR, dg_kv, dW_UK, dW_UV, dW_O)"
+_gated = "return (dx, dW_u, dW_v, dW_z, dg_q, db_q, dg_k, db_k, dW_o)"
 _shared = """if hasattr(cache, 'shared'):
     dx_shared, dW_shared_gate, dW_shared_up, dW_shared_down = swiglu_backward(dy, cache.shared)
     dx = dx_routed + dx_shared"""
@@ -19,6 +20,10 @@ EQUIVALENT = {
     ("add", "swap", "(dx, dr) -> (dr, dx)  in  return (dx, dr)"): COPIES,
     ("add", "wrong variable", "dy -> dx  in  dr = dy.copy()"): COPIES,
     ("deepseek_moe", "wrong variable", f"dx_routed -> dx  in  {_shared}"): "one array under two names",
+    ("gated_attention", "transpose", f"dg_q -> dg_q.T  in  {_gated}"): ONE_AXIS,
+    ("gated_attention", "transpose", f"db_q -> db_q.T  in  {_gated}"): ONE_AXIS,
+    ("gated_attention", "transpose", f"dg_k -> dg_k.T  in  {_gated}"): ONE_AXIS,
+    ("gated_attention", "transpose", f"db_k -> db_k.T  in  {_gated}"): ONE_AXIS,
     ("layernorm", "transpose", "dg -> dg.T  in  return (dx, dg, db)"): ONE_AXIS,
     ("layernorm", "transpose", "db -> db.T  in  return (dx, dg, db)"): ONE_AXIS,
     ("linear", "wrong variable", "dy2d -> dy  in  dx = gemm(dy2d, W.T, role='dx').reshape(x.shape)"):
@@ -27,6 +32,7 @@ EQUIVALENT = {
     ("mtp_projection", "transpose", "dg_hidden -> dg_hidden.T  in  return (dh, de, dg_hidden, dg_embedding, dW_merge)"): ONE_AXIS,
     ("mtp_projection", "transpose", "dg_embedding -> dg_embedding.T  in  return (dh, de, dg_hidden, dg_embedding, dW_merge)"): ONE_AXIS,
     ("rmsnorm", "transpose", "dg -> dg.T  in  return (dx, dg)"): ONE_AXIS,
+    ("sink_attention", "transpose", "dsink -> dsink.T  in  return (dq, dk, dv, dsink)"): ONE_AXIS,
 }
 
 

@@ -46,7 +46,9 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     """
     if temperature == 0:
         return np.eye(logits.shape[-1], dtype=logits.dtype)[logits.argmax(axis=-1)]                 # eq. 1
-    p, _ = softmax_forward((logits - logits.max(axis=-1, keepdims=True)) / temperature)             # (..., U)   # eq. 2
+    with np.errstate(over="ignore"):                                                                # a tiny temperature: -inf is meant
+        z = (logits - logits.max(axis=-1, keepdims=True)) / temperature                             # (..., U)
+    p, _ = softmax_forward(z)                                                                       # (..., U)   # eq. 2
     order = np.argsort(-p, axis=-1, kind="stable")                                                  # (..., U)   most likely first
     sorted_p = np.take_along_axis(p, order, axis=-1)                                                # (..., U)
     keep = np.ones(p.shape, bool)                                                                   # (..., U)   in sorted order

@@ -50,7 +50,7 @@ def experts_backward(dy, cache):
     M = A // cache.gate_shape[-1]
     dy_sorted = dy.reshape(M, D)[token]                                             # (A, D)   # eq. 7
     dgate = np.empty(A, dy.dtype)                                                   # (A,)
-    dgate[order] = np.sum(dy_sorted * cache.y_sorted, axis=-1)                      # eq. 8
+    dgate[order] = np.vecdot(dy_sorted, cache.y_sorted)                             # eq. 8
     dy_expert = dy_sorted * cache.gate_sorted[:, None]                              # (A, D)   # eq. 9
     dW_gate, dW_up, dW_down = [np.zeros_like(W) for W in cache.weights]             # an expert nobody chose keeps its zeros
     dx_sorted = np.empty_like(dy_sorted)                                            # (A, D)

@@ -97,7 +97,7 @@ def piece(tokens, targets, *, weights, step, config, speeds, totals, n_rows):
         loss = losses(tokens, targets, trained, config)
         routed = routers(loss, trained)
         balance = [sequence_balance(route.x, block.ffn.W_router, top_k=config.top_k, scoring=config.scoring) for route, block in routed]
-    seeds = loss.seeds(speeds["mtp_weight"]) | dict.fromkeys(balance, speeds["balance_weight"])
+    seeds = loss.seeds(speeds["mtp_weight"]) | (dict.fromkeys(balance, speeds["balance_weight"]) if speeds["balance_weight"] else {})
     if not all(np.isfinite(each.data) for each in seeds):
         raise TrainingError(f"step {step}: {first_bad(tape)}")
     of_main, *of_modules = [float(mine / max(total, 1)) for mine, total in zip(counted(targets, config.n_mtp), totals)]
