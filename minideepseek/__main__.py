@@ -14,6 +14,7 @@ from minideepseek.classroom.blank import ExerciseError, blank
 from minideepseek.classroom.check import check_all, check_file
 from minideepseek.interop import huggingface, parity
 from minideepseek.interop.safetensors import CheckpointError
+from minideepseek.model.config import ATTENTION
 from minideepseek.tokenizer.bpe import TokenizerError
 from minideepseek.training import pretrain
 from minideepseek.training.data import DataError
@@ -57,6 +58,7 @@ def _parser():
 
     one = command("train", _train, "train a model from text")
     one.add_argument("--preset", help=f"{', '.join(RECIPES)}; default: tiny")
+    one.add_argument("--attention", choices=ATTENTION, help="mla is DeepSeek's; mha, gqa and mqa are the baselines below it")
     one.add_argument("--text", help="a UTF-8 text file; default: stories of the town, whose entropy is known")
     one.add_argument("--steps", type=int, help="how many steps, instead of the preset's")
     one.add_argument("--seed", type=int, help="default: 0")
@@ -101,13 +103,13 @@ def _positive(text):
 
 def _train(options):
     if options.resume:
-        others = [f"--{name}" for name in ("preset", "text", "steps", "seed", "out") if getattr(options, name) is not None]
+        others = [f"--{name}" for name in ("preset", "attention", "text", "steps", "seed", "out") if getattr(options, name) is not None]
         if others:
             raise pretrain.RunError(f"--resume goes on with what the run was begun with: leave out {', '.join(others)}")
         run = pretrain.resume(options.resume)
     else:
         name = options.preset or "tiny"
-        chosen = dataclasses.replace(recipe(name), seed=options.seed or 0)
+        chosen = dataclasses.replace(recipe(name), seed=options.seed or 0, attention=options.attention or "mla")
         if options.steps is not None:
             if options.steps < 1:
                 raise RecipeError(f"steps = {options.steps} must be positive")

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minideepseek.attention.grouped_query import grouped_query
 from minideepseek.attention.mla import MLAWeights, mla
+from minideepseek.attention.multi_head import MHAWeights
 from minideepseek.attention.rope import frequencies, rope_tables
 from minideepseek.attention.yarn import softmax_scale, temperature, yarn_frequencies
 from minideepseek.autograd.params import count, flatten, outline, tensors, unflatten
@@ -25,7 +27,7 @@ from minideepseek.moe.deepseek_moe import MoEWeights, deepseek_moe
 class BlockWeights(NamedTuple):
     """The weights of one layer."""
     g_attention: np.ndarray              # (D,)   the norm before attention
-    attention: MLAWeights
+    attention: MLAWeights | MHAWeights
     g_ffn: np.ndarray                    # (D,)   the norm before the feed-forward layer
     ffn: SwiGLUWeights | MoEWeights      # dense, or experts
     b_select: np.ndarray | None          # (E,)   only selects experts; moved by the balancing rule, never by a gradient
@@ -49,7 +51,7 @@ def block(x, weights, config, cos, sin, *, gemm=matmul):
     Source: DeepSeek-V3, arXiv:2412.19437, fig. 2; pre-norm, no dropout, no bias in any projection.
     """
     n = rmsnorm(x, weights.g_attention, eps=config.eps)                                                             # eq. 1
-    a = mla(n, *weights.attention, **attention_options(config), cos=cos, sin=sin, gemm=gemm)                        # eq. 2
+    a = attend(n, weights.attention, config, cos, sin, gemm=gemm)                                                   # eq. 2
     h = add(x, a)                                                                                                   # eq. 3
     m = rmsnorm(h, weights.g_ffn, eps=config.eps)                                                                   # eq. 4
     if isinstance(weights.ffn, MoEWeights):
@@ -58,6 +60,14 @@ def block(x, weights, config, cos, sin, *, gemm=matmul):
     else:
         f, routed = swiglu(m, *weights.ffn, gemm=gemm), None                                                        # eq. 6
     return add(h, f), routed                                                                                        # eq. 7
+
+
+def attend(n, weights, config, cos, sin, *, gemm=matmul):
+    """The attention of a configuration: V3's latent one, or a rung below it (mha, gqa, mqa) with RoPE over whole heads."""
+    if config.attention == "mla":
+        return mla(n, *weights, **attention_options(config), cos=cos, sin=sin, gemm=gemm)
+    return grouped_query(n, *weights, n_heads=config.n_heads, n_kv_heads=config.kv_heads, scale=attention_options(config)["scale"],
+                         cos=cos, sin=sin, interleaved=config.rope_interleaved, gemm=gemm)
 
 
 def attention_options(config):
@@ -80,10 +90,10 @@ def position_tables(config, positions, dtype):
 
     With two mscales that differ, the public code multiplies both tables by the ratio of their temperatures.
     """
-    theta = frequencies(config.d_rope, config.rope_base)
+    theta = frequencies(config.rotary, config.rope_base)
     amplitude = 1.0
     if config.yarn_factor > 1:
-        theta = yarn_frequencies(config.d_rope, config.rope_base, factor=config.yarn_factor, original=config.yarn_original,
+        theta = yarn_frequencies(config.rotary, config.rope_base, factor=config.yarn_factor, original=config.yarn_original,
                                  beta_fast=config.yarn_beta_fast, beta_slow=config.yarn_beta_slow)
         amplitude = temperature(config.yarn_factor, config.mscale) / temperature(config.yarn_factor, config.mscale_all_dim)
     cos, sin = rope_tables(positions, theta)
@@ -94,9 +104,13 @@ def block_outline(config, dense):
     """The weights of a layer as arrays with a shape and no memory; None where the configuration has no such weight."""
     D, C, Q, H, E, F = config.d_model, config.kv_rank, config.q_rank, config.n_heads, config.n_routed, config.d_expert
     N, R, V, L, S = config.d_nope, config.d_rope, config.d_value, config.q_rank or config.d_model, config.n_shared * config.d_expert
-    attention = MLAWeights(
-        W_DQ=outline(D, Q) if Q else None, g_q=outline(Q) if Q else None, W_UQ=outline(L, H * N), W_QR=outline(L, H * R),
-        W_DKV=outline(D, C), W_KR=outline(D, R), g_kv=outline(C), W_UK=outline(C, H * N), W_UV=outline(C, H * V), W_O=outline(H * V, D))
+    if config.attention != "mla":
+        K, G = N + R, config.kv_heads
+        attention = MHAWeights(outline(D, H * K), outline(D, G * K), outline(D, G * V), outline(H * V, D))
+    else:
+        attention = MLAWeights(
+            W_DQ=outline(D, Q) if Q else None, g_q=outline(Q) if Q else None, W_UQ=outline(L, H * N), W_QR=outline(L, H * R),
+            W_DKV=outline(D, C), W_KR=outline(D, R), g_kv=outline(C), W_UK=outline(C, H * N), W_UV=outline(C, H * V), W_O=outline(H * V, D))
     if dense:
         ffn = SwiGLUWeights(outline(D, config.d_ff), outline(D, config.d_ff), outline(config.d_ff, D))
     else:

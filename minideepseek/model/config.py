@@ -80,6 +80,7 @@ class Config:
             self._rule(getattr(self, name) in allowed, name, f"must be one of {', '.join(allowed)}")
         self._rule(self.q_rank is None or self.q_rank > 0, "q_rank", "must be positive, or None for no query latent")
         self._rule(self.d_rope % 2 == 0, "d_rope", "must be even: RoPE turns pairs of channels")
+        self._rule(self.rotary % 2 == 0, "d_nope", f"and d_rope = {self.d_rope} make a head of odd size, which RoPE turns in pairs")
         self._rule(self.yarn_factor >= 1, "yarn_factor", "must be at least 1")
         self._rule(self.n_dense_layers <= self.n_layers, "n_dense_layers", f"exceeds n_layers = {self.n_layers}")
         if self.attention == "gqa":
@@ -95,6 +96,16 @@ class Config:
     def _rule(self, holds, name, message):
         if not holds:
             raise ConfigError(f"{name} = {getattr(self, name)!r} {message}")
+
+    @property
+    def kv_heads(self):
+        """Heads of keys and values: of mha, gqa and mqa."""
+        return {"mha": self.n_heads, "gqa": self.n_kv_heads, "mqa": 1}[self.attention]
+
+    @property
+    def rotary(self):
+        """Channels of a head that RoPE turns: d_rope of them in latent attention, all in the kinds below it."""
+        return self.d_rope if self.attention == "mla" else self.d_nope + self.d_rope
 
     @property
     def reachable(self):

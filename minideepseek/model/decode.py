@@ -18,7 +18,9 @@ from minideepseek.moe.deepseek_moe import MoEWeights, deepseek_moe_forward
 
 
 def new_caches(config, batch, capacity, dtype):
-    """One empty LatentCache for every layer of the main model."""
+    """One empty LatentCache for every layer of the main model. Raises ValueError for a model without latent attention."""
+    if config.attention != "mla":
+        raise ValueError(f"attention = {config.attention!r}: latent caches are those of 'mla'; generate(..., use_cache=False) recomputes")
     return [LatentCache(batch, capacity, config.kv_rank, config.d_rope, dtype) for _ in range(config.n_layers)]
 
 

@@ -19,7 +19,8 @@ def generate(prompt, weights, config, *, max_new_tokens, temperature=0.0, top_k=
 
     prompt: (T,) integers   weights: ModelWeights   temperature: 0 is greedy, the largest logit, the lowest id of equals
     top_k, top_p: see `distribution`   stop: ids after which nothing follows; the stop token itself is handed out
-    seed: of the draws; equal seeds give equal texts   use_cache: False recomputes everything for each token
+    seed: of the draws; equal seeds give equal texts   use_cache: False recomputes everything for each token, as models
+    without latent attention always do
     chunk: how many tokens of the prompt are read at once
 
     Raises ValueError at the call, before the first token, for an empty prompt, one that leaves no room in the
@@ -34,7 +35,8 @@ def generate(prompt, weights, config, *, max_new_tokens, temperature=0.0, top_k=
     if len(prompt) + max_new_tokens > config.max_positions:
         raise ValueError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed max_positions = {config.max_positions}")
     check_ids(prompt[None], config)
-    return _tokens(prompt[None], arrays(weights), config, max_new_tokens, (temperature, top_k, top_p), set(stop), seed, use_cache, chunk)
+    return _tokens(prompt[None], arrays(weights), config, max_new_tokens, (temperature, top_k, top_p), set(stop), seed,
+                   use_cache and config.attention == "mla", chunk)
 
 
 def distribution(logits, temperature=1.0, top_k=None, top_p=None):

@@ -154,8 +154,6 @@ def check_targets(ids, targets, config):
 
 def model_outline(config):
     """All weights as arrays with a shape and no memory: the form of a model of any size."""
-    if config.attention != "mla":
-        raise NotImplementedError(f"attention = {config.attention!r}: the model is built with 'mla' only")
     D, U = config.d_model, config.vocab_size
     layers = tuple(block_outline(config, dense=i < config.n_dense_layers) for i in range(config.n_layers))
     return ModelWeights(outline(U, D), layers, outline(D), outline(D, U), tuple(mtp_outline(config) for _ in range(config.n_mtp)))

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import sys
 
+from minideepseek.model.config import ATTENTION
 from minideepseek.model.presets import PRESETS
 from minideepseek.tokenizer.chat import SPECIAL
 
@@ -21,6 +22,7 @@ class RecipeError(ValueError):
 class Recipe:
     """How to train. Raises RecipeError at construction for a value that breaks a rule."""
     model: str = "tiny"              # a preset of model/presets.py
+    attention: str = "mla"           # or a rung below it: mha, gqa (two key-value heads), mqa
     seed: int = 0
     steps: int = 750
     batch: int = 8                   # windows per step
@@ -72,6 +74,7 @@ class Recipe:
         self._rule(self.length <= PRESETS[self.model].max_positions, "length", f"exceeds the model's max_positions = {PRESETS[self.model].max_positions}")
         self._rule(self.floor <= self.peak, "floor", f"exceeds peak = {self.peak}")
         self._rule(self.length > self.n_mtp + 1, "length", f"is too short for n_mtp = {self.n_mtp} modules")
+        self._rule(self.attention in ATTENTION, "attention", f"must be one of {', '.join(ATTENTION)}")
         self._rule(self.balance in ("bias", "aux", "none"), "balance", "must be one of bias, aux, none")
 
     def _rule(self, holds, name, message):
@@ -105,7 +108,7 @@ class Recipe:
 RECIPES = {
     "micro": Recipe(model="micro", steps=400, decay=300, init_std=0.12, corpus_bytes=1_500_000, gamma_off=40, evaluate_every=200, save_every=200),
     "tiny": Recipe(),
-    "small": Recipe(model="small", steps=3_000, init_std=0.06, head_std=0.025, length=256, decay=2_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=200,
+    "small": Recipe(model="small", steps=1_500, init_std=0.06, head_std=0.025, length=256, decay=1_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=150,
                     evaluate_every=500, save_every=250),
 }
 

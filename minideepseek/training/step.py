@@ -40,7 +40,8 @@ class Report(NamedTuple):
 
 def model_config(recipe, vocab_size):
     """The model of a recipe, with the vocabulary of the tokenizer."""
-    return dataclasses.replace(preset(recipe.model), vocab_size=vocab_size, n_mtp=recipe.n_mtp, balance=recipe.balance)
+    return dataclasses.replace(preset(recipe.model), vocab_size=vocab_size, n_mtp=recipe.n_mtp, balance=recipe.balance, attention=recipe.attention,
+                               n_kv_heads=2 if recipe.attention == "gqa" else None)
 
 
 def new_model(recipe, config):

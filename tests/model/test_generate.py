@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from minideepseek.model.config import Config
+from minideepseek.model.decode import new_caches
 from minideepseek.model.generate import distribution, draw, generate
 from minideepseek.model.transformer import init, trainable, transformer
 
@@ -23,6 +26,15 @@ def test_greedy_is_the_argmax_at_every_step():
     for token in generate(PROMPT, WEIGHTS, CONFIG, max_new_tokens=8):
         assert token == transformer(ids, WEIGHTS, CONFIG).logits.data[0, -1].argmax()
         ids = np.concatenate([ids, [[token]]], axis=1)
+
+
+def test_a_model_without_latent_attention_recomputes():
+    config = dataclasses.replace(CONFIG, attention="mqa")
+    weights = init(config, np.random.default_rng(0), std=0.3, dtype=np.float64)
+    ids, texts = np.array([PROMPT]), [list(generate(PROMPT, weights, config, max_new_tokens=5, use_cache=use)) for use in (True, False)]
+    assert texts[0] == texts[1] and texts[0][0] == transformer(ids, weights, config).logits.data[0, -1].argmax()
+    with pytest.raises(ValueError, match="attention = 'mqa': latent caches are those of 'mla'"):
+        new_caches(config, 1, 5, np.float64)
 
 
 def test_seeds_repeat_and_differ():

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from minideepseek.autograd.gradcheck import gradcheck
 from minideepseek.autograd.params import count, flatten, nbytes
 from minideepseek.autograd.tape import Tape, Tensor
-from minideepseek.model.config import Config
+from minideepseek.model.config import Config, ConfigError
 from minideepseek.model.transformer import (gradient_of_vector, init, loss_of_vector, losses, model_outline, next_token_targets,
                                             trainable, transformer, transformer_example)
 
@@ -120,9 +121,31 @@ def test_bad_ids_are_refused_at_the_door(ids, message):
         transformer(ids, weights, config)
 
 
-def test_an_attention_that_is_not_built_is_refused():
-    with pytest.raises(NotImplementedError, match="attention = 'mha'"):
-        model_outline(Config(**SMALL | {"attention": "mha"}))
+BASELINES = [{"attention": "mha"}, {"attention": "mqa"}, {"attention": "gqa", "n_kv_heads": 2, "n_heads": 4}]
+
+
+@pytest.mark.parametrize("fields", BASELINES, ids=["mha", "mqa", "gqa"])
+def test_the_rungs_below_latent_attention_are_models_too(fields):
+    """Every weight gets a gradient, no logit knows a later token, the gradient is right along ten random directions."""
+    config, weights, ids = model(DENSE | {"n_mtp": 1} | fields)
+    trained = trainable(weights)
+    with Tape() as tape:
+        found = losses(ids, next_token_targets(ids), trained, config)
+    tape.backward(found.seeds(0.3))
+    assert all(leaf.grad.any() for leaf in flatten(trained).values() if isinstance(leaf, Tensor))
+    before = found.out.logits.data
+    changed = ids.copy()
+    changed[:, 4] = (changed[:, 4] + 1) % config.vocab_size
+    assert np.array_equal(transformer(changed, weights, config).logits.data[:, :4], before[:, :4])
+    theta, case = transformer_example(0)
+    other = dataclasses.replace(case["config"], **fields | {"d_model": 24})
+    size = sum(leaf.size for name, leaf in flatten(model_outline(other)).items() if "b_select" not in name)
+    gradcheck(loss_of_vector, gradient_of_vector, (np.random.default_rng(1).standard_normal(size) / 2,), case | {"config": other})
+
+
+def test_a_head_of_odd_size_cannot_be_turned():
+    with pytest.raises(ConfigError, match="d_nope = 3 and d_rope = 2 make a head of odd size"):
+        Config(**SMALL | {"attention": "mha", "d_nope": 3})
 
 
 def test_weights_may_be_tensors_or_arrays():
