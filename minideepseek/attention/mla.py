@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minideepseek.attention.causal import causal_attention_backward, causal_attention_forward
+from minideepseek.attention.flash import flash_attention_backward, flash_attention_forward
 from minideepseek.attention.rope import frequencies, rope_backward, rope_forward, rope_tables
 from minideepseek.autograd.gradcheck import report
 from minideepseek.autograd.tape import op
@@ -50,7 +51,7 @@ def flat_heads(x):
 
 
 def mla_forward(x, W_DQ, g_q, W_UQ, W_QR, W_DKV, W_KR, g_kv, W_UK, W_UV, W_O, *,
-                n_heads, cos, sin, scale, eps=1e-6, interleaved=True, gemm=matmul):
+                n_heads, cos, sin, scale, eps=1e-6, interleaved=True, tile=None, gemm=matmul):
     """Attend through a latent: c_kv = norm(x W_DKV) holds every head's keys and values, k_rope the position.
 
     x: (B, T, D)   W_DQ: (D, Q) or None   g_q: (Q,) or None   W_UQ: (L, H*N)   W_QR: (L, H*R)   W_DKV: (D, C)
@@ -58,7 +59,8 @@ def mla_forward(x, W_DQ, g_q, W_UQ, W_QR, W_DKV, W_KR, g_kv, W_UK, W_UV, W_O, *,
     n_heads: H   cos: (T, R/2)   sin: (T, R/2)   ->   y: (B, T, D)
 
     L is Q with a query latent, D without (V2-Lite). scale: 1 / sqrt(N + R), times YaRN's m^2. eps: of both norms.
-    cos, sin, interleaved: see rope. gemm: see linear.
+    cos, sin, interleaved: see rope. tile: None for the dense core, else FlashAttention with tiles of that many tokens:
+    the same numbers up to rounding, in less memory. gemm: see linear.
     Source: DeepSeek-V3, arXiv:2412.19437, eq. 1-11; the norms of both latents are in every released model, not there.
     """
     cache = SimpleNamespace(n_heads=n_heads, d_nope=W_UK.shape[1] // n_heads)
@@ -85,7 +87,10 @@ def mla_forward(x, W_DQ, g_q, W_UQ, W_QR, W_DKV, W_KR, g_kv, W_UK, W_UV, W_O, *,
     k = np.empty_like(q)                                                                # (B, H, T, N+R)
     k[..., :N] = heads_first(k_nope, H)
     k[..., N:] = k_rope.swapaxes(1, 2)      # one key with position, read by every head                  # eq. 13
-    o, cache.attention = causal_attention_forward(q, k, heads_first(v, H), scale=scale)     # (B, H, T, V)   # eq. 14
+    if tile is None:
+        o, cache.attention = causal_attention_forward(q, k, heads_first(v, H), scale=scale)     # (B, H, T, V)   # eq. 14
+    else:
+        o, cache.flash = flash_attention_forward(q, k, heads_first(v, H), scale=scale, tile=tile)   # (B, H, T, V)
     y, cache.W_O = linear_forward(heads_last(o), W_O, gemm=gemm)                        # (B, T, D)      # eq. 15
     return y, cache
 
@@ -94,7 +99,10 @@ def mla_backward(dy, cache):
     """The forward read from the bottom up. Roads meet in k_rope (all heads), in both latents, and in x."""
     H, N = cache.n_heads, cache.d_nope
     do, dW_O = linear_backward(dy, cache.W_O)                                           # (B, T, H*V) (H*V, D)   # eq. 16
-    dq, dk, dv = causal_attention_backward(heads_first(do, H), cache.attention)         # (B, H, T, N+R) (B, H, T, N+R) (B, H, T, V)   # eq. 17
+    if hasattr(cache, "flash"):
+        dq, dk, dv = flash_attention_backward(heads_first(do, H), cache.flash)          # (B, H, T, N+R) (B, H, T, N+R) (B, H, T, V)
+    else:
+        dq, dk, dv = causal_attention_backward(heads_first(do, H), cache.attention)     # (B, H, T, N+R) (B, H, T, N+R) (B, H, T, V)   # eq. 17
 
     dk_rope = dk[..., N:].sum(axis=1)[:, :, None]   # it fed every head: add            # (B, T, 1, R)   # eq. 18
     dk_raw = rope_backward(dk_rope, cache.rope_k)[:, :, 0]                              # (B, T, R)      # eq. 19
@@ -132,7 +140,9 @@ def mla_examples(rng):
         config = {"n_heads": H, "cos": cos, "sin": sin, "scale": (N + R) ** -0.5, "interleaved": interleaved}
         return (rng.standard_normal((B, T, D)), *weights), config
 
-    return {"query latent": case(True, True), "no query latent": case(False, True), "half-split": case(True, False)}
+    in_tiles = case(True, True)
+    in_tiles[1]["tile"] = 2
+    return {"query latent": case(True, True), "no query latent": case(False, True), "half-split": case(True, False), "in tiles": in_tiles}
 
 
 def demo():

@@ -48,8 +48,9 @@ def mla_decode(x, W_DQ, g_q, W_UQ, W_QR, W_DKV, W_KR, g_kv, W_UK, W_UV, W_O, *, 
 def demo():
     """Shapes, the whole sequence against every way to cut it, and the price."""
     worst = 0.0
-    for args, config in mla_examples(np.random.default_rng(0)).values():
+    for args, options in mla_examples(np.random.default_rng(0)).values():
         x, *weights = args
+        config = {name: value for name, value in options.items() if name != "tile"}      # decoding has one row of scores: no tiles
         B, T, _ = x.shape
         C, R = weights[7].shape[0], weights[5].shape[1]
         whole, _ = mla_forward(*args, **config)

@@ -65,7 +65,7 @@ def block(x, weights, config, cos, sin, *, gemm=matmul):
 def attend(n, weights, config, cos, sin, *, gemm=matmul):
     """The attention of a configuration: V3's latent one, or a rung below it (mha, gqa, mqa) with RoPE over whole heads."""
     if config.attention == "mla":
-        return mla(n, *weights, **attention_options(config), cos=cos, sin=sin, gemm=gemm)
+        return mla(n, *weights, **attention_options(config), cos=cos, sin=sin, tile=config.flash_tile, gemm=gemm)
     return grouped_query(n, *weights, n_heads=config.n_heads, n_kv_heads=config.kv_heads, scale=attention_options(config)["scale"],
                          cos=cos, sin=sin, interleaved=config.rope_interleaved, gemm=gemm)
 

@@ -46,6 +46,7 @@ class Config:
     yarn_original: int = 4_096         # tokens
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
+    flash_tile: int | None = None      # tokens in a tile of FlashAttention; None: the dense core, the same numbers
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
@@ -67,7 +68,7 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None or field.name not in ("q_rank", "n_kv_heads"):
+            if value is not None or field.name not in ("q_rank", "n_kv_heads", "flash_tile"):
                 _check_kind(field.name, 0 if field.default is None else field.default, value)
         for name in ("vocab_size", "d_model", "n_layers", "d_ff", "max_positions", "n_heads", "kv_rank", "d_nope", "d_rope",
                      "d_value", "yarn_original", "n_routed", "top_k", "d_expert", "n_groups", "n_groups_kept"):
@@ -78,6 +79,8 @@ class Config:
             self._rule(getattr(self, name) > 0, name, "must be positive")
         for name, allowed in (("attention", ATTENTION), ("balance", BALANCE), ("scoring", SCORING)):
             self._rule(getattr(self, name) in allowed, name, f"must be one of {', '.join(allowed)}")
+        self._rule(self.flash_tile is None or self.flash_tile > 0, "flash_tile", "must be positive, or None for the dense core")
+        self._rule(self.flash_tile is None or self.attention == "mla", "flash_tile", f"must be None: attention = {self.attention!r} has the dense core only")
         self._rule(self.q_rank is None or self.q_rank > 0, "q_rank", "must be positive, or None for no query latent")
         self._rule(self.d_rope % 2 == 0, "d_rope", "must be even: RoPE turns pairs of channels")
         self._rule(self.rotary % 2 == 0, "d_nope", f"and d_rope = {self.d_rope} make a head of odd size, which RoPE turns in pairs")

@@ -9,7 +9,7 @@ from minideepseek.autograd.tape import Tape, Tensor, op
 from minideepseek.basics.linear import linear
 from minideepseek.basics.rmsnorm import rmsnorm, rmsnorm_forward
 
-CASES = ("query latent", "no query latent", "half-split")
+CASES = ("query latent", "no query latent", "half-split", "in tiles")
 
 
 def example(case, seed=0):
@@ -57,7 +57,7 @@ split = op(split_forward, lambda dy, shape: dy.reshape(shape).copy())
 merge = op(merge_forward, lambda dy, H: heads_first(dy, H).copy())
 
 
-def op_by_op(x, w, *, n_heads, cos, sin, scale, interleaved=True):
+def op_by_op(x, w, *, n_heads, cos, sin, scale, interleaved=True, tile=None):      # tiles change the way, not the numbers
     c_q = x if w.W_DQ is None else rmsnorm(linear(x, w.W_DQ), w.g_q)
     c_kv = rmsnorm(linear(x, w.W_DKV), w.g_kv)
     turn = dict(cos=cos, sin=sin, interleaved=interleaved)

@@ -230,3 +230,18 @@ def test_too_short_for_the_modules_and_wrong_targets():
         wrong = ids.copy()
         wrong[1, 2] = 19
         losses(ids, wrong, weights, config)
+
+
+def test_with_flash_attention_the_same_model():
+    config, weights, ids = model(SMALL | {"n_mtp": 1})
+    results = []
+    for one in (config, dataclasses.replace(config, flash_tile=3)):
+        trained = trainable(weights)
+        with Tape() as tape:
+            found = losses(ids, next_token_targets(ids), trained, one)
+        tape.backward(found.seeds(0.3))
+        results.append([found.out.logits.data, *[leaf.grad for leaf in flatten(trained).values() if isinstance(leaf, Tensor)]])
+    for dense, flash in zip(*results, strict=True):
+        np.testing.assert_allclose(flash, dense, rtol=0, atol=1e-12)
+    with pytest.raises(ConfigError, match="flash_tile = 0 must be positive"):
+        Config(flash_tile=0)
