@@ -93,6 +93,12 @@ def demo():
         return float(np.vdot(*turned))
 
     print(f"claim     scores at distance 7: positions (7, 0) {score(7, 0):.9f}, (1007, 1000) {score(1007, 1000):.9f}")
+    from minideepseek.plots.attention import panels, plot_path, rope_pairs, score_by_distance
+    if path := plot_path():            # on the right the query and the key are all ones: their score is the mean cosine, times R
+        distances = np.arange(1024)
+        ones = 64 * rope_tables(distances, frequencies(64))[0].mean(axis=1)
+        panels(path, lambda ax: rope_pairs(frequencies(64), np.linspace(0, 128, 1025), ax=ax),
+               lambda ax: score_by_distance(distances, ones, ylabel="score of all-ones q and k", ax=ax))
     assert abs(score(7, 0) - score(1007, 1000)) < 1e-10
 
 
