@@ -20,6 +20,8 @@ EQUIVALENT = {
     ("add", "swap", "(dx, dr) -> (dr, dx)  in  return (dx, dr)"): COPIES,
     ("add", "wrong variable", "dy -> dx  in  dr = dy.copy()"): COPIES,
     ("deepseek_moe", "wrong variable", f"dx_routed -> dx  in  {_shared}"): "one array under two names",
+    ("deepnorm", "transpose", "dg -> dg.T  in  return (dx, df, dg, db)"): ONE_AXIS,
+    ("deepnorm", "transpose", "db -> db.T  in  return (dx, df, dg, db)"): ONE_AXIS,
     ("gated_attention", "transpose", f"dg_q -> dg_q.T  in  {_gated}"): ONE_AXIS,
     ("gated_attention", "transpose", f"db_q -> db_q.T  in  {_gated}"): ONE_AXIS,
     ("gated_attention", "transpose", f"dg_k -> dg_k.T  in  {_gated}"): ONE_AXIS,
