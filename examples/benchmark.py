@@ -14,7 +14,6 @@ sys.path[0:1] = [os.path.abspath(__file__ + "/../..")]   # run as a script: take
 
 import argparse
 import contextlib
-import dataclasses
 import statistics
 import subprocess
 import tempfile

@@ -38,7 +38,7 @@ def mtp_projection_forward(h, e, g_hidden, g_embedding, W_merge, *, eps=1e-6, em
     Source: DeepSeek-V3, arXiv:2412.19437, eq. 21; differs by the order.
     """
     cache = SimpleNamespace(n_states=h.shape[1], embedding_first=embedding_first)
-    T, D = e.shape[1], e.shape[2]
+    T = e.shape[1]
     n_h, cache.norm_h = rmsnorm_forward(h[:, :T], g_hidden, eps=eps)                            # (B, T, D)     # eq. 1
     n_e, cache.norm_e = rmsnorm_forward(e, g_embedding, eps=eps)                                # (B, T, D)     # eq. 2
     both = np.concatenate([n_e, n_h] if embedding_first else [n_h, n_e], axis=-1)               # (B, T, 2*D)   # eq. 3

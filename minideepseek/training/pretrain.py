@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from minideepseek.autograd import params
-from minideepseek.interop.safetensors import CheckpointError, replacing
+from minideepseek.interop.safetensors import replacing
 from minideepseek.model.config import Config
 from minideepseek.model.generate import generate
 from minideepseek.model.transformer import model_outline
