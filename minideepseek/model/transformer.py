@@ -17,11 +17,10 @@ from minideepseek.basics.cross_entropy import cross_entropy
 from minideepseek.basics.embedding import embedding
 from minideepseek.basics.linear import linear, matmul
 from minideepseek.basics.rmsnorm import rmsnorm
+from minideepseek.corpus.batches import IGNORE
 from minideepseek.model.block import CONSTANT, BlockWeights, block, block_outline, position_tables
 from minideepseek.model.config import Config
 from minideepseek.model.mtp import MTPWeights, mtp_module, mtp_outline
-
-IGNORE = -100            # a target of this value does not count
 
 
 class ModelWeights(NamedTuple):

@@ -61,8 +61,7 @@ class Run:
 
     def restore(self, checkpoint):
         """Go back to where a checkpoint was written."""
-        flat = {name.removeprefix("weights."): leaf for name, leaf in checkpoint.arrays.items() if name.startswith("weights.")}
-        self.weights = params.unflatten(flat, model_outline(self.config))
+        self.weights = saved_weights(checkpoint, self.config)
         self.state = new_state(trained_arrays(self.weights))
         for kind, moments in (("m.", self.state.m), ("v.", self.state.v)):
             for name, moment in moments.items():
@@ -108,9 +107,7 @@ def resume(folder, recipe=None):
     CheckpointError for a damaged checkpoint.
     """
     folder = Path(folder)
-    if not (folder / "run.json").exists():
-        raise RunError(f"{folder} is not a run: it has no run.json")
-    checkpoint = load_checkpoint(folder)
+    checkpoint = _checkpoint_of(folder)
     own = Recipe.from_dict(checkpoint.facts["recipe"])
     if recipe is not None and own != recipe:
         raise RunError(f"{folder} was begun with another recipe: " + "; ".join(own.differences(recipe)))
@@ -188,12 +185,22 @@ def draw_curves(folder):
 def load_run(folder):
     """(Config, weights, Tokenizer) of a run, for generation and export. Raises as `resume` does."""
     folder = Path(folder)
+    checkpoint = _checkpoint_of(folder)
+    config = Config.from_dict(checkpoint.facts["config"])
+    return config, saved_weights(checkpoint, config), Tokenizer.load(folder / "tokenizer.json")
+
+
+def _checkpoint_of(folder):
+    """The checkpoint of a run's folder. Raises RunError when the folder is none."""
     if not (folder / "run.json").exists():
         raise RunError(f"{folder} is not a run: it has no run.json")
-    checkpoint = load_checkpoint(folder)
-    config = Config.from_dict(checkpoint.facts["config"])
+    return load_checkpoint(folder)
+
+
+def saved_weights(checkpoint, config):
+    """The ModelWeights that a run saved."""
     flat = {name.removeprefix("weights."): leaf for name, leaf in checkpoint.arrays.items() if name.startswith("weights.")}
-    return config, params.unflatten(flat, model_outline(config)), Tokenizer.load(folder / "tokenizer.json")
+    return params.unflatten(flat, model_outline(config))
 
 
 def story(weights, config, tokenizer, *, prompt="", seed=0, temperature=1.0, max_new_tokens=SAMPLE_TOKENS, **options):
