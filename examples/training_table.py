@@ -23,7 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from minideepseek.moe.bias_balance import max_violation
 from minideepseek.training import pretrain
+from minideepseek.training.experiment import spread, table
 from minideepseek.training.recipe import recipe
 from minideepseek.training.step import held_out_nats
 
@@ -38,45 +40,29 @@ SEEDS = (0, 1, 2)
 COLUMNS = ("variant", "seed", "above_floor", "max_violation_batch", "max_violation_held_out", "seconds")
 
 
-def one(variant, seed, parent):
-    """Train one variant with one seed; its row."""
+def one(variant, seed):
+    """Train one variant with one seed; the values of its row."""
     preset, changes = VARIANTS[variant]
     began = time.perf_counter()
-    run = pretrain.begin(Path(parent, f"{variant}-{seed}".replace(" ", "_").replace(",", "")), dataclasses.replace(recipe(preset), seed=seed, **changes))
-    pretrain.train(run, say=lambda line: None)
-    seconds = time.perf_counter() - began
-    with open(run.folder / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    with tempfile.TemporaryDirectory() as parent:
+        run = pretrain.begin(Path(parent, "run"), dataclasses.replace(recipe(preset), seed=seed, **changes))
+        pretrain.train(run, say=lambda line: None)
+        seconds = time.perf_counter() - began
+        with open(run.folder / "log.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
     last = [float(row["max_violation"]) for row in rows[-max(len(rows) // 10, 1):]]
-    _, held_out = held_out_nats(run.data.held_tokens, run.data.held_targets, run.weights, run.config)
-    return variant, seed, float(rows[-1]["above_floor"]), statistics.mean(last), held_out, seconds
+    _, counts = held_out_nats(run.data.held_tokens, run.data.held_targets, run.weights, run.config)
+    return float(rows[-1]["above_floor"]), statistics.mean(last), statistics.mean(map(max_violation, counts)), seconds
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=str(Path(__file__).with_suffix(".csv")))
-    options = parser.parse_args()
-    out = Path(options.out)
-    if not out.exists():
-        out.write_text(",".join(COLUMNS) + "\n")
-    with open(out, newline="") as file:
-        done = {(row["variant"], int(row["seed"])) for row in csv.DictReader(file)}
-    with tempfile.TemporaryDirectory() as parent:
-        for seed in SEEDS:
-            for variant in VARIANTS:
-                if (variant, seed) not in done:
-                    row = one(variant, seed, parent)
-                    with open(out, "a", newline="") as file:
-                        csv.writer(file, lineterminator="\n").writerow([*row[:2], *[f"{value:.4f}" for value in row[2:]]])
-                    print(*row, flush=True)
-    with open(out, newline="") as file:
-        rows = list(csv.DictReader(file))
-    print(f"\n{'median of 3 seeds':28s} {'above floor':>12s} {'MaxVio batch':>13s} {'MaxVio held-out':>16s} {'seconds':>8s}")
+    rows = table(parser.parse_args().out, COLUMNS, [(variant, seed) for seed in SEEDS for variant in VARIANTS], one)
+    print(f"\n{'median (range) of 3 seeds':28s}" + "".join(f"{name:>28s}" for name in COLUMNS[2:]))
     for variant in VARIANTS:
         mine = [row for row in rows if row["variant"] == variant]
-        middle = lambda name: statistics.median(float(row[name]) for row in mine)
-        spread = max(float(row["above_floor"]) for row in mine) - min(float(row["above_floor"]) for row in mine)
-        print(f"{variant:28s} {middle('above_floor'):6.3f} ±{spread / 2:.3f} {middle('max_violation_batch'):13.2f} {middle('max_violation_held_out'):16.2f} {middle('seconds'):8.0f}")
+        print(f"{variant:28s}" + "".join(f"{spread(mine, name):>28s}" for name in COLUMNS[2:]))
     return 0
 
 

@@ -127,10 +127,11 @@ def resume(folder, recipe=None):
     return run
 
 
-def train(run, *, say=print, live=None, workers=None, stop_at=None):
+def train(run, *, say=print, live=None, watch=None, workers=None, stop_at=None):
     """Train to the last step of the recipe; save now and then, at the end, and on Ctrl-C.
 
     say: prints a line   live: overwrites one line on a terminal; None: a line now and then instead
+    watch: called as watch(step, report) after every step, to look and not to touch
     workers: how many pieces of a batch are computed at the same time; None: one for each core
     stop_at: stop, saved, before this step. Returns True when the run is complete.
     Raises TrainingError when a loss or a gradient is not finite; the last checkpoint stands.
@@ -149,6 +150,8 @@ def train(run, *, say=print, live=None, workers=None, stop_at=None):
             tokens, targets = batch(data, recipe, step)
             report = train_step(run.weights, run.state, tokens, targets, step=step, config=run.config, recipe=recipe, workers=pool)
             run.step += 1
+            if watch:
+                watch(step, report)
             done = run.step == recipe.steps
             held = _held_bits(run) if done or run.step % recipe.evaluate_every == 0 else None
             if held is not None or step % recipe.log_every == 0:

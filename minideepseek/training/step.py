@@ -35,7 +35,12 @@ class Report(NamedTuple):
     mtp: tuple               # of each module
     balance: float           # mean over layers of the sequence-wise loss; 1 is perfect balance
     norm: float              # of the whole gradient, before clipping
-    violations: tuple        # MaxVio of each layer with experts, over the batch
+    counts: tuple            # of each layer with experts: the tokens each of them served, (E,)
+
+    @property
+    def violations(self):
+        """MaxVio of each layer with experts, over the batch."""
+        return tuple(max_violation(count) for count in self.counts)
 
 
 def model_config(recipe, vocab_size):
@@ -81,7 +86,7 @@ def train_step(weights, state, tokens, targets, *, step, config, recipe, workers
         if block.b_select is not None:
             block.b_select[...] = update_bias(block.b_select, count, speeds["gamma"])     # after the step, from the whole batch
     main, balance, *mtp = np.sum([part.values for part in done], axis=0).tolist()
-    return Report(main, tuple(mtp), balance, norm, tuple(max_violation(count) for count in counts))
+    return Report(main, tuple(mtp), balance, norm, tuple(tuple(count.tolist()) for count in counts))
 
 
 class Piece(NamedTuple):
@@ -142,11 +147,11 @@ def first_bad(tape):
 
 
 def held_out_nats(tokens, targets, weights, config, *, rows=32):
-    """The main model's cross entropy summed over all targets that count, in nats, and MaxVio of the loads of all rows together.
+    """The main model's cross entropy summed over all targets that count, in nats, and the expert counts (E,) of each layer over all rows.
 
     Changes nothing: selection biases stand still in evaluation.
     """
-    total, counts = 0.0, None
+    total, counts = 0.0, []
     for start in range(0, len(tokens), rows):
         piece = slice(start, start + rows)
         used = (targets[piece] != IGNORE).any(axis=0).nonzero()[0].max() + 1          # cut what is padding in every row
@@ -156,8 +161,8 @@ def held_out_nats(tokens, targets, weights, config, *, rows=32):
         valid = goal != IGNORE
         total -= np.take_along_axis(log_p, np.where(valid, goal, 0)[..., None], axis=-1)[..., 0][valid].sum()
         here = [expert_counts(route.chosen.data[valid], config.n_routed) for route in out.routed if route is not None]
-        counts = here if counts is None else [a + b for a, b in zip(counts, here)]
-    return float(total), float(np.mean([max_violation(count) for count in counts])) if counts else 0.0
+        counts = [a + b for a, b in zip(counts or [0] * len(here), here)]
+    return float(total), counts
 
 
 def demo():
