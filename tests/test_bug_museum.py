@@ -62,6 +62,10 @@ BUGS = {
         "minideepseek/moe/router.py", "gate = share * scaling", "gate = share * 1.0"),
     "22 the scaling factor applied before normalising": (
         "minideepseek/moe/router.py", "picked = np.take_along_axis(score, chosen, axis=-1) ", "picked = scaling * np.take_along_axis(score, chosen, axis=-1); scaling = 1.0 "),
+    "23 one gate normalised: the constant 1": (
+        "minideepseek/moe/classic.py", 'scoring="softmax", normalise=normalise)', 'scoring="softmax", normalise=True)'),
+    "24 f of the older losses differentiated": (
+        "minideepseek/moe/balance_loss.py", "dP = f * dloss ", "dP = 2 * f * dloss "),
     "24 f differentiated as if it moved with P": (
         "minideepseek/moe/balance_loss.py", "dP = f * (dloss / B) ", "dP = 2 * f * (dloss / B) "),
     "24 f made of scores, which have a slope": (

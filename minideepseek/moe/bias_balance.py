@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from minideepseek.moe.router import router_forward
+from minideepseek.basics.swiglu import sigmoid
+from minideepseek.moe.router import choose
 
 
 def expert_counts(chosen, n_routed):
@@ -27,25 +28,52 @@ def expert_counts(chosen, n_routed):
     return np.bincount(chosen.reshape(-1).astype(np.int64), minlength=n_routed).astype(np.int64)        # eq. 1
 
 
-def update_bias(b_select, counts, gamma):
+def update_bias(b_select, counts, gamma, rule="sign"):
     """The rule: b + gamma sign(mean(counts) - counts), a new array; an overloaded expert goes DOWN by gamma.
 
     b_select, counts: (E,), of one layer   gamma: the step, 0.001 in V3 and 0 for its last 500B tokens
+    rule: "sign" is V3's; "proportional" steps by gamma (mean - count), in choices, so ten times the batch is ten times
+    the step; "relative" divides that by the mean, which is ours and in no paper
     -> b_select of the next step, same dtype
 
     Call it after the optimiser's step with the counts of the whole batch, never in evaluation: a bias knows past
     batches only. It is no weight: no gradient, no optimiser, no decay. It returns an array and changes none.
-    Raises ValueError when the shapes differ, a count is negative, gamma is negative or not finite, b_select not floating.
+    Raises ValueError when the shapes differ, a count is negative, gamma is negative or not finite, b_select not floating,
+    the rule unknown, or nothing was counted and the rule is relative.
     """
-    b_select, counts = np.asarray(b_select), _door(counts)
+    b_select, counts = np.asarray(b_select), _door(counts, some=rule == "relative")
     if b_select.shape != counts.shape:
         raise ValueError(f"b_select has shape {b_select.shape}, counts has shape {counts.shape}: one number per expert each")
     if b_select.dtype.kind != "f":
         raise ValueError(f"b_select has dtype {b_select.dtype}, expected floating point: a step of {gamma} would be lost")
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma = {gamma} must be finite and not negative")
-    direction = np.sign(counts.mean() - counts).astype(b_select.dtype)                                  # eq. 2
-    return b_select + float(gamma) * direction                                                          # eq. 3
+    if rule == "sign":
+        move = np.sign(counts.mean() - counts)                                                          # eq. 2
+    elif rule == "proportional":
+        move = counts.mean() - counts                                                                   # eq. 7
+    elif rule == "relative":
+        move = 1 - counts / counts.mean()                                                               # eq. 8
+    else:
+        raise ValueError(f"rule = {rule!r}, expected 'sign', 'proportional' or 'relative'")
+    return b_select + float(gamma) * move.astype(b_select.dtype)                                        # eq. 3
+
+
+def choose_multiplied(score, b_factor, *, top_k, n_groups=1, n_groups_kept=1, scoring="sigmoid"):
+    """The bias as a factor: choose by score * b instead of score + b. A neutral b is 1; `update_bias` moves this one too.
+
+    score: (M, E), not negative   b_factor: (E,)   ->   chosen: int (M, top_k), best first; gates still come from score
+    The router's own choice, handed a score that is multiplied already: its groups and its top_k see nothing but that.
+    Raises ValueError unless every factor is finite and above 0: a negative one would turn the order of the tokens around.
+    Source: Wang et al. 2024, arXiv:2408.15664, tried beside the added bias; its form here is from memory.
+    """
+    b_factor = np.asarray(b_factor)
+    wrong = ~((b_factor > 0) & np.isfinite(b_factor))               # written this way round: nan must fail
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise ValueError(f"b_factor[{i}] = {b_factor[i]}: a factor is finite and above 0")
+    product = score * b_factor                                                                          # eq. 9
+    return choose(product, None, top_k=top_k, n_groups=n_groups, n_groups_kept=n_groups_kept, scoring=scoring)
 
 
 def max_violation(counts):
@@ -54,14 +82,28 @@ def max_violation(counts):
     Raises ValueError when nothing was counted, or a count is negative.
     Source: Wang et al. 2024, arXiv:2408.15664.
     """
-    counts = _door(counts)
-    if not counts.any():
-        raise ValueError(f"counts = {counts.tolist()}: nothing was counted, so there is no mean to compare with")
+    counts = _door(counts, some=True)
     return float((counts.max() - counts.mean()) / counts.mean())                                        # eq. 4
 
 
-def _door(counts):
-    """The counts of one layer as an array. Raises ValueError unless it has one axis, and finite entries that are not negative."""
+def max_violations(batches):
+    """MaxVio of all batches together, and the mean of the batches' own: (global, batch).
+
+    batches: (n, E), the counts of n batches of one layer
+    For batches of one size the first never exceeds the second. It can be 0 while every single batch is lopsided.
+    Raises ValueError for another number of axes, and where `max_violation` does.
+    """
+    batches = np.asarray(batches)
+    if batches.ndim != 2 or not batches.size:
+        raise ValueError(f"batches has shape {batches.shape}, expected (n, E): the counts of n batches")
+    together = max_violation(batches.sum(axis=0))                                                       # eq. 5
+    each = float(np.mean([max_violation(counts) for counts in batches]))                                # eq. 6
+    return together, each
+
+
+def _door(counts, some=False):
+    """The counts of one layer as an array. Raises ValueError unless it has one axis, and finite entries that are not negative;
+    with `some`, not all of them 0."""
     counts = np.asarray(counts)
     if counts.ndim != 1 or not counts.size:
         raise ValueError(f"counts has shape {counts.shape}, expected (E,): the experts of one layer")
@@ -69,35 +111,41 @@ def _door(counts):
     if wrong.any():
         i = int(np.argmax(wrong))
         raise ValueError(f"counts[{i}] = {counts[i]}: a count is finite and not negative")
+    if some and not counts.any():
+        raise ValueError(f"counts = {counts.tolist()}: nothing was counted, so there is no mean to compare with")
     return counts
 
 
 def demo():
-    """Three experts by hand, and a skewed router that the rule alone balances."""
+    """Three experts by hand, and a skewed router that each rule balances alone, or fails to."""
     b = update_bias(np.zeros(3), np.array([5, 3, 1]), gamma=0.001)
     print("shapes    chosen (..., top_k) -> counts (E,); b_select (E,), counts (E,) -> b_select (E,)")
     print("by hand   counts (5, 3, 1), mean 3: the biases move by", *b, f"and MaxVio = (5 - 3) / 3 = {max_violation([5, 3, 1]):.4f}")
 
-    rng = np.random.default_rng(0)
-    E, D, K, M = 8, 16, 2, 1024
-    W_router = rng.standard_normal((D, E)) / D**0.5
-    W_router[0] = np.linspace(-1.5, 1.5, E)                         # the first channel is always 1: a favour for the last experts
-
-    def batch_counts(b_select):
-        x = rng.standard_normal((M, D))
-        x[:, 0] = 1
-        (_, chosen), _ = router_forward(x, W_router, top_k=K, b_select=b_select)
-        return expert_counts(chosen, E)
-
-    b_select, steps, gamma = np.zeros(E), 200, 0.005
-    before = batch_counts(b_select)
-    for _ in range(steps):                                          # a training loop without the training: W_router stays
-        counts = batch_counts(b_select)
-        b_select = update_bias(b_select, counts, gamma)             # after the step, for the next batch
-    after = batch_counts(b_select)                                  # a fresh batch, and no update: evaluation
-    print("          counts before", before, " after", after)
-    print(f"claim     MaxVio {max_violation(before):.2f} -> {max_violation(after):.2f} after {steps} steps of {gamma}, no gradient, the router unchanged")
-    assert max_violation(before) > 1 and max_violation(after) < 0.25
+    E, D, K, M, steps, last = 8, 16, 2, 512, 200, 50
+    ways = {"sign": ("sign", 0.005, False), "sign, b a factor": ("sign", 0.005, True), "relative": ("relative", 0.02, False),
+            "proportional": ("proportional", 0.0002, False), "proportional, too fast": ("proportional", 0.005, False)}
+    print(f"          MaxVio, each of the last {last} of {steps} batches | all {last} together")
+    found = {}
+    for name, (rule, gamma, factor) in ways.items():
+        rng = np.random.default_rng(0)
+        W_router = rng.standard_normal((D, E)) / D**0.5
+        W_router[0] = np.linspace(-1.5, 1.5, E)                     # the first channel is always 1: a favour for the last experts
+        b, history = np.full(E, float(factor)), []
+        for _ in range(steps):                                      # a training loop without the training: W_router stays
+            x = rng.standard_normal((M, D))
+            x[:, 0] = 1
+            score = sigmoid(x @ W_router)
+            chosen = choose_multiplied(score, b, top_k=K) if factor else choose(score, b, top_k=K, n_groups=1, n_groups_kept=1, scoring="sigmoid")
+            history.append(expert_counts(chosen, E))
+            b = update_bias(b, history[-1], gamma, rule)            # after the step, for the next batch
+        before, (together, each) = max_violation(history[0]), max_violations(history[-last:])
+        found[name] = each, together
+        print(f"          {name:22s} gamma {gamma:<7g} {each:.2f} | {together:.3f}")
+    print(f"claim     MaxVio {before:.2f} -> {found['sign'][0]:.2f}, no gradient, the router unchanged; "
+          f"too fast {found['proportional, too fast'][0]:.2f}, which all batches together hide: {found['proportional, too fast'][1]:.3f}")
+    assert before > 1 and all(each < 0.25 for each, _ in list(found.values())[:4])
+    assert found["proportional, too fast"][0] > 1 and found["proportional, too fast"][1] < 0.1
 
 
 if __name__ == "__main__":
