@@ -17,7 +17,7 @@ import itertools
 import numpy as np
 
 from minideepseek.corpus.town import stories, text_of
-from minideepseek.plots.curves import BLUE, GREY, ORANGE
+from minideepseek.plots.canvas import BLUE, GREY, ORANGE
 from minideepseek.tokenizer.bpe import WORDS, Tokenizer, train
 
 SENTENCE = "Sarah visits the bank to deposit money while Zarah visits the bank to sit by the water"

@@ -17,7 +17,7 @@ import numpy as np
 
 from minideepseek.autograd.tape import Tape, Tensor
 from minideepseek.basics.embedding import embedding
-from minideepseek.plots.curves import ORANGE
+from minideepseek.plots.canvas import ORANGE
 from minideepseek.tokenizer.bpe import train
 
 SENTENCE = "Sarah visits the bank to deposit money while Zarah visits the bank to sit by the water"

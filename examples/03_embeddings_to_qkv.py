@@ -23,7 +23,7 @@ from minideepseek.basics.linear import linear_forward
 from minideepseek.basics.softmax import softmax_forward
 from minideepseek.model.presets import preset
 from minideepseek.model.transformer import init, transformer
-from minideepseek.plots.curves import ORANGE
+from minideepseek.plots.canvas import ORANGE
 from minideepseek.tokenizer.bpe import train
 
 SENTENCE = "Sarah visits the bank to deposit money while Zarah visits the bank to sit by the water"

@@ -21,7 +21,7 @@ from minideepseek.attention.causal import causal_attention_forward
 from minideepseek.attention.rope import frequencies, rope_forward, rope_tables
 from minideepseek.attention.yarn import yarn_frequencies, yarn_range
 from minideepseek.model.presets import preset
-from minideepseek.plots.curves import BLUE, GREEN, GREY, ORANGE
+from minideepseek.plots.canvas import BLUE, GREEN, GREY, ORANGE
 from minideepseek.tokenizer.bpe import train
 
 SENTENCE = "Sarah visits the bank to deposit money while Zarah visits the bank to sit by the water"

@@ -22,7 +22,7 @@ from minideepseek.attention.mla_absorb import mla_decode
 from minideepseek.autograd.params import flatten, unflatten
 from minideepseek.model.block import attention_options, block_outline, position_tables
 from minideepseek.model.presets import preset
-from minideepseek.plots.curves import BLUE, GREY, ORANGE
+from minideepseek.plots.canvas import BLUE, GREY, ORANGE
 from minideepseek.tokenizer.bpe import train
 
 SENTENCE = "Sarah visits the bank to deposit money while Zarah visits the bank to sit by the water"

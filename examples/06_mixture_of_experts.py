@@ -23,7 +23,7 @@ from minideepseek.model.presets import preset
 from minideepseek.moe.bias_balance import expert_counts, max_violation, update_bias
 from minideepseek.moe.deepseek_moe import deepseek_moe_forward
 from minideepseek.moe.router import router_forward
-from minideepseek.plots.curves import BLUE, GREY, ORANGE
+from minideepseek.plots.canvas import BLUE, GREY, ORANGE
 from minideepseek.tokenizer.bpe import train
 
 SENTENCE = "Sarah visits the bank to deposit money while Zarah visits the bank to sit by the water"

@@ -22,7 +22,7 @@ from minideepseek.autograd.params import gradients
 from minideepseek.autograd.tape import Tape
 from minideepseek.model.presets import preset
 from minideepseek.model.transformer import init, losses, next_token_targets, trainable
-from minideepseek.plots.curves import BLUE, GREY, ORANGE
+from minideepseek.plots.canvas import BLUE, GREY, ORANGE
 from minideepseek.tokenizer.bpe import train
 from minideepseek.training.adamw import adamw_step, new_state
 from minideepseek.training.step import trained_arrays

@@ -23,7 +23,7 @@ from minideepseek.autograd.tape import Tape
 from minideepseek.model.count import active, parameters, total
 from minideepseek.model.presets import preset
 from minideepseek.model.transformer import init, losses, next_token_targets, trainable
-from minideepseek.plots.curves import BLUE, GREEN, GREY, ORANGE
+from minideepseek.plots.canvas import BLUE, GREEN, GREY, ORANGE
 from minideepseek.tokenizer.bpe import train
 
 SENTENCE = "Sarah visits the bank to deposit money while Zarah visits the bank to sit by the water"

@@ -27,7 +27,9 @@ from pathlib import Path
 from minideepseek.model.count import cache_bytes_per_token, total
 from minideepseek.model.generate import generate
 from minideepseek.model.presets import PRESETS, preset
+from minideepseek.plots.canvas import BLUE, GREEN, ORANGE, new_axes, save
 from minideepseek.training import pretrain
+from minideepseek.training.experiment import spread, table
 from minideepseek.training.recipe import recipe
 
 KINDS = {"mha": None, "gqa": 2, "mqa": None, "mla": None}
@@ -50,34 +52,30 @@ def decode_seconds(run, use_cache):
     return (time.perf_counter() - began) / 20
 
 
-def one(kind, seed, parent):
+def one(kind, seed):
+    """Train one kind with one seed; the values of its row."""
     PRESETS[f"ladder {kind}"] = ladder_model(kind)
     chosen = dataclasses.replace(recipe("micro"), model=f"ladder {kind}", attention=kind, seed=seed)
-    run = pretrain.begin(Path(parent, f"{kind}-{seed}"), chosen)
-    pretrain.train(run, say=lambda line: None)
-    with open(run.folder / "log.csv", newline="") as file:
-        above = [row["above_floor"] for row in csv.DictReader(file)][-1]
+    with tempfile.TemporaryDirectory() as parent:
+        run = pretrain.begin(Path(parent, "run"), chosen)
+        pretrain.train(run, say=lambda line: None)
+        with open(run.folder / "log.csv", newline="") as file:
+            above = [row["above_floor"] for row in csv.DictReader(file)][-1]
     cached = decode_seconds(run, True) * 1e3 if kind == "mla" else float("nan")
-    return kind, seed, total(run.config), cache_bytes_per_token(run.config, 1), float(above), decode_seconds(run, False) * 1e3, cached
+    return total(run.config), cache_bytes_per_token(run.config, 1), float(above), decode_seconds(run, False) * 1e3, cached
 
 
 def draw(path, rows):
     """Loss above the floor against what a token leaves in the cache."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4))
-    FigureCanvasAgg(figure)
-    ax = figure.subplots()
-    for kind, colour in zip(KINDS, ("#0072B2", "#E69F00", "#009E73", "#D55E00")):
+    ax = new_axes(size=(6, 4))[0]
+    for kind, colour in zip(KINDS, (BLUE, ORANGE, GREEN, "#D55E00")):
         mine = [row for row in rows if row["attention"] == kind]
         ax.plot([float(row["cached_numbers"]) for row in mine], [float(row["above_floor"]) for row in mine], "o", color=colour, label=kind)
     ax.set_xscale("log")
     ax.set_xlabel("numbers in the cache, per token, all layers")
     ax.set_ylabel("held-out loss above the floor (bits per byte)")
     ax.legend(title="three seeds each")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, format="png")
+    save(ax, path)
 
 
 def main():
@@ -85,27 +83,12 @@ def main():
     parser.add_argument("--out", default=str(Path(__file__).with_suffix(".csv")))
     parser.add_argument("--plot", metavar="FILE.png")
     options = parser.parse_args()
-    out = Path(options.out)
-    if not out.exists():
-        out.write_text(",".join(COLUMNS) + "\n")
-    with open(out, newline="") as file:
-        done = {(row["attention"], int(row["seed"])) for row in csv.DictReader(file)}
-    with tempfile.TemporaryDirectory() as parent:
-        for seed in SEEDS:
-            for kind in KINDS:
-                if (kind, seed) not in done:
-                    row = one(kind, seed, parent)
-                    with open(out, "a", newline="") as file:
-                        csv.writer(file, lineterminator="\n").writerow([*row[:4], *[f"{value:.4f}" for value in row[4:]]])
-                    print(*row, flush=True)
-    with open(out, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(options.out, COLUMNS, [(kind, seed) for seed in SEEDS for kind in KINDS], one)
     print(f"\n{'attention':10s} {'weights':>9s} {'cached numbers':>15s} {'above the floor (range)':>26s} {'ms/token, no cache':>19s} {'with':>6s}")
     for kind in KINDS:
         mine = [row for row in rows if row["attention"] == kind]
-        above = [float(row["above_floor"]) for row in mine]
         middle = lambda name: statistics.median(float(row[name]) for row in mine)
-        print(f"{kind:10s} {int(mine[0]['weights']):9,d} {int(mine[0]['cached_numbers']):15d} {statistics.median(above):10.3f} ({min(above):.3f} to {max(above):.3f}) "
+        print(f"{kind:10s} {int(mine[0]['weights']):9,d} {int(mine[0]['cached_numbers']):15d} {spread(mine, 'above_floor'):>26s} "
               f"{middle('decode_ms'):19.1f} {middle('decode_cached_ms'):6.1f}")
     if options.plot:
         draw(options.plot, rows)

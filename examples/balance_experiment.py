@@ -65,7 +65,7 @@ def one(way, seed, steps_of):
     nats, counts = held_out_nats(run.data.held_tokens, run.data.held_targets, run.weights, run.config)
     if steps_of:
         keep_steps(steps_of, way, steps)
-    return (bits_per_byte(nats, run.data.held_bytes) - run.data.floor, statistics.mean(map(max_violation, counts)),
+    return (bits_per_byte(nats[0], run.data.held_bytes) - run.data.floor, statistics.mean(map(max_violation, counts)),
             statistics.mean(violations[-len(violations) // 10:]), sum(int((count < count.mean() / 10).sum()) for count in counts))
 
 

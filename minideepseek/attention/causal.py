@@ -79,7 +79,8 @@ def demo():
     after, _ = causal_attention_forward(q, k, v, scale=0.25)
     changed = (before != after).any(axis=(0, 1, 3))
     print(f"claim     token 20 of 32 replaced: outputs that changed in any bit: {changed.nonzero()[0].min()} .. {changed.nonzero()[0].max()}")
-    from minideepseek.plots.attention import attention_map, plot_path
+    from minideepseek.plots.attention import attention_map
+    from minideepseek.plots.canvas import plot_path
     if path := plot_path():            # equal words have equal queries and keys here: the second "the" finds the first
         words = q[:, :1, [0, 1, 2, 3, 0, 4]]
         _, (_, _, _, p, _) = causal_attention_forward(words, words, words, scale=0.1)

@@ -148,7 +148,8 @@ def demo():
     d, f = [[peak_bytes(*pair, T) / 2**20 for T in (512, 1024)] for pair in (dense, flash)]
     print(f"claim     512 -> 1,024 tokens: dense holds {d[0]:.1f} -> {d[1]:.1f} MiB, {d[1] / d[0]:.1f} times; "
           f"flash {f[0]:.1f} -> {f[1]:.1f} MiB, {f[1] / f[0]:.1f} times")
-    from minideepseek.plots.attention import flash_tiles, plot_path
+    from minideepseek.plots.attention import flash_tiles
+    from minideepseek.plots.canvas import plot_path
     if path := plot_path():
         flash_tiles(200, 200, 64, path=path)
     assert np.isclose(o.item(), 3.5) and worst < 1e-12 and d[1] > 3.8 * d[0] and f[1] < 2.1 * f[0]

@@ -93,7 +93,8 @@ def demo():
         return float(np.vdot(*turned))
 
     print(f"claim     scores at distance 7: positions (7, 0) {score(7, 0):.9f}, (1007, 1000) {score(1007, 1000):.9f}")
-    from minideepseek.plots.attention import panels, plot_path, rope_pairs, score_by_distance
+    from minideepseek.plots.attention import rope_pairs, score_by_distance
+    from minideepseek.plots.canvas import panels, plot_path
     if path := plot_path():            # on the right the query and the key are all ones: their score is the mean cosine, times R
         distances = np.arange(1024)
         ones = 64 * rope_tables(distances, frequencies(64))[0].mean(axis=1)

@@ -68,7 +68,8 @@ def demo():
     print("          theta' / theta at pairs 10, 11, 12, 22, 23:", (stretched / theta)[[10, 11, 12, 22, 23]].round(4))
     scale = softmax_scale(192, 40, 1.0)
     print(f"claim     V3's softmax scale is {scale:.6f}; without the temperature it is {softmax_scale(192):.7f}")
-    from minideepseek.plots.attention import plot_path, yarn_ramp
+    from minideepseek.plots.attention import yarn_ramp
+    from minideepseek.plots.canvas import plot_path
     if path := plot_path():
         yarn_ramp(theta, stretched, path=path)
     assert (lo, hi) == (10, 23) and abs(scale - 0.135234) < 5e-7 and abs(softmax_scale(192) - 0.0721688) < 5e-8

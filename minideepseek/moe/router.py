@@ -129,6 +129,14 @@ def demo():
 
     (gate, chosen), _ = router_forward(logit, np.eye(4), top_k=2, b_select=np.array([0, 0, 0.6, 0]))
     print(f"claim     a bias of 0.6 brings expert 2 in, at its own weight 0.25 / (0.25 + 0.75) = {gate[0][chosen[0] == 2][0]:.2f}")
+    from minideepseek.plots.canvas import plot_path
+    from minideepseek.plots.experts import routing_map
+    if path := plot_path():            # V3's rule for a random batch: each token keeps two of four groups, and picks four experts there
+        x, W_router = np.random.default_rng(0).standard_normal((2, 12, 12))
+        (weight, picks), (_, _, score, *_) = router_forward(x, W_router / 3, top_k=4, n_groups=4, n_groups_kept=2)
+        kept = np.zeros((12, 4), bool)
+        np.put_along_axis(kept, best(group_scores(score, 4, "sigmoid"), 2), True, axis=-1)
+        routing_map(score, picks, gate=weight, n_groups=4, kept=kept, path=path)
     assert sorted(chosen[0]) == [1, 2] and abs(gate[0][chosen[0] == 2][0] - 0.25) < 1e-15
 
 

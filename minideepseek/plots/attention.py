@@ -5,58 +5,10 @@ Derivation: whiteboard/plots/attention.md
 if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
-import sys
-import tempfile
-from pathlib import Path
-
 import numpy as np
 
-BLUE, ORANGE, GREEN, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"     # Okabe and Ito's colours
-HIDDEN = "#BBBBBB"                                                       # what cannot be seen is grey in every picture
-STYLES = list(zip((BLUE, ORANGE, GREEN, PINK, SKY), ("-", "--", "-.", (0, (5, 1)), ":")))  # lines differ in grey print too
-
-
-def plot_path():
-    """The FILE.png after --plot on the command line, or None without one. Ends the program when the file is missing."""
-    if sys.argv[-1:] == ["--plot"]:
-        sys.exit("--plot needs the name of a file: --plot FILE.png")
-    return sys.argv[sys.argv.index("--plot") + 1] if "--plot" in sys.argv else None
-
-
-def new_axes(rows=1, columns=1, size=(6.4, 4.0)):
-    """Axes (rows * columns,) of a new figure that needs no window and no pyplot; size in inches, of one panel."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure.subplots(rows, columns, squeeze=False).ravel()
-
-
-def save(ax, path):
-    """Write the figure that holds `ax` as a PNG when there is a path; return the axes."""
-    if path is not None:
-        ax.figure.savefig(path, dpi=110, format="png")
-    return ax
-
-
-def panels(path, *draws, columns=2, size=(6.4, 4.4)):
-    """One PNG of several pictures: each of `draws` is called with the axes of its panel."""
-    rows = -(-len(draws) // columns)
-    axes = new_axes(rows, min(columns, len(draws)), size)
-    for ax, draw in zip(axes, draws):
-        draw(ax)
-    for ax in axes[len(draws):]:
-        ax.set_visible(False)
-    return save(axes[0], path)
-
-
-def vector(name, values):
-    """`values` as a float64 vector. Raises ValueError when it is none, or empty."""
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not values.size:
-        raise ValueError(f"{name} has shape {values.shape}, it must be a vector of at least one number")
-    return values
+from minideepseek.plots.canvas import (BLUE, GREEN, HIDDEN, ORANGE, heat, matrix, new_axes, panels, save, style, token_ticks, try_out, vector,
+                                       write_cells)
 
 
 def attention_map(p, words_q, words_k=None, *, mask=None, title="who looks at whom", ax=None, path=None):
@@ -65,28 +17,20 @@ def attention_map(p, words_q, words_k=None, *, mask=None, title="who looks at wh
     p: (T, S)   words_q: T tokens   words_k: S tokens, those of the queries by default   mask: (T, S), True where seen
     Raises ValueError when they do not fit together. A nan in p is grey, as is what the mask hides.
     """
-    from matplotlib.colors import LinearSegmentedColormap
-
-    p, words_k = np.asarray(p, np.float64), words_q if words_k is None else words_k
-    if p.ndim != 2 or not p.size:
-        raise ValueError(f"p has shape {p.shape}, it must be (T, S) with a query and a key at least")
+    p, words_k = matrix("p", p, "(T, S)"), words_q if words_k is None else words_k
     for name, words, n in (("words_q", words_q, p.shape[0]), ("words_k", words_k, p.shape[1])):
         if len(words) != n:
             raise ValueError(f"{name} has {len(words)} tokens, but p of shape {p.shape} wants {n}")
     if mask is not None and (np.shape(mask) != p.shape or np.asarray(mask).dtype != bool):
         raise ValueError(f"mask has shape {np.shape(mask)} and dtype {np.asarray(mask).dtype}, p wants booleans of shape {p.shape}")
     seen = np.isfinite(p) if mask is None else np.isfinite(p) & mask
-    top = max(p[seen].max(initial=0.0), 1e-12)
-    colours = LinearSegmentedColormap.from_list("white to blue", ["white", BLUE]).with_extremes(bad=HIDDEN)
     if ax is None:
         ax = new_axes(size=[min(max(0.55 * n + extra, 3.5), 14) for n, extra in zip(p.shape[::-1], (2.6, 1.2))])[0]
-    image = ax.imshow(np.ma.array(p, mask=~seen), cmap=colours, vmin=0, vmax=top)
-    ax.figure.colorbar(image, ax=ax, shrink=0.9, label="attention weight")
+    image = heat(ax, p, seen, label="attention weight")
     if p.size <= 100:
-        for i, j in np.argwhere(seen):
-            ax.text(j, i, f"{p[i, j]:.2f}", ha="center", va="center", fontsize=8, color="white" if p[i, j] > 0.75 * top else "black")
-    for axis, words in ((ax.xaxis, words_k), (ax.yaxis, words_q)):
-        axis.set_ticks(range(len(words)), [str(word).replace("\n", "\\n").replace(" ", "\u2423") for word in words], parse_math=False)
+        write_cells(image, {(i, j): f"{p[i, j]:.2f}" for i, j in np.argwhere(seen)})
+    token_ticks(ax.xaxis, words_k)
+    token_ticks(ax.yaxis, words_q)
     ax.tick_params(axis="x", rotation=90 if len(words_k) > 15 or max(map(len, map(str, words_k))) > 3 else 0)
     ax.set(xlabel="key: looked at", ylabel="query: looks", title=title + (" (grey: not seen)" if not seen.all() else ""))
     return save(ax, path)
@@ -103,8 +47,8 @@ def rope_pairs(theta, positions, *, shown=None, angle=False, ax=None, path=None)
         raise ValueError(f"shown = {shown} must be indices of pairs, theta has shape {theta.shape}")
     ax = new_axes()[0] if ax is None else ax
     for n, pair in enumerate(shown):
-        angles, (colour, dashes) = positions * theta[pair], STYLES[n % len(STYLES)]
-        ax.plot(positions, angles if angle else np.cos(angles), color=colour, linestyle=dashes, linewidth=0.9 if n == 0 else 1.8,
+        angles = positions * theta[pair]
+        ax.plot(positions, angles if angle else np.cos(angles), **style(n), linewidth=0.9 if n == 0 else 1.8,
                 label=f"pair {pair}: a turn in {2 * np.pi / theta[pair]:,.0f} tokens")
     if angle:
         ax.set(xscale="log", yscale="log")
@@ -125,7 +69,7 @@ def score_by_distance(distances, scores, *, labels=None, ylabel="score", ax=None
         raise ValueError(f"labels has {len(labels)} names for scores of shape {scores.shape}")
     ax = new_axes()[0] if ax is None else ax
     for n, line in enumerate(scores):
-        ax.plot(distances, line, color=STYLES[n % 5][0], linestyle=STYLES[n % 5][1], linewidth=1.3, label=labels[n] if labels is not None else None)
+        ax.plot(distances, line, **style(n), linewidth=1.3, label=labels[n] if labels is not None else None)
     ax.axhline(0, color=HIDDEN, linewidth=1, zorder=0)
     ax.set(xlabel="distance (tokens)", ylabel=ylabel, title="the score depends on the distance")
     if labels is not None:
@@ -207,13 +151,10 @@ def demo():
              lambda ax: yarn_ramp(theta, stretched, ax=ax),
              lambda ax: cache_bars({"mha": 40_960, "gqa, 8": 2_560, "mqa": 320, "mla": 576}, ax=ax),
              lambda ax: flash_tiles(200, 200, 64, ax=ax)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(plot_path() or Path(folder, "attention.png"))
-        figure = panels(path, *draws).figure
-        size, start = path.stat().st_size, path.read_bytes()[:8]
-    print(f"shapes    p {p.shape}, theta {theta.shape}, scores {distances.shape} -> {len(figure.axes)} axes, {size:,} bytes of PNG")
-    print(f"claim     it is a picture: {start == bytes([137, 80, 78, 71, 13, 10, 26, 10]) and size > 30_000}")
-    assert start[1:4] == b"PNG" and size > 30_000
+    width, height, size = try_out(lambda path: panels(path, *draws))
+    print(f"shapes    p {p.shape}, theta {theta.shape}, scores {distances.shape} -> {len(draws)} panels, {width} x {height} pixels")
+    print(f"claim     it is a picture, and not an empty one: {size:,} bytes of PNG")
+    assert (width, height) == (1408, 1452) and size > 30_000
 
 
 if __name__ == "__main__":

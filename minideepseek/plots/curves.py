@@ -5,13 +5,9 @@ Derivation: whiteboard/plots/curves.md
 if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
-import sys
-import tempfile
-from pathlib import Path
-
 import numpy as np
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"       # told apart by everybody: Okabe and Ito's colours
+from minideepseek.plots.canvas import BLUE, GREEN, GREY, ORANGE, new_axes, save, try_out
 
 
 def plot_run(path, steps, *, train_bits, held_steps=(), held_bits=(), floor=None, learning_rate=None, violation=None):
@@ -20,12 +16,8 @@ def plot_run(path, steps, *, train_bits, held_steps=(), held_bits=(), floor=None
     steps: (n,)   train_bits, learning_rate, violation: (n,)   held_steps, held_bits: (m,)   bits per byte; MaxVio
     floor: bits per byte, or None when nobody knows it
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = 1 + (learning_rate is not None) + (violation is not None)
-    figure = Figure(figsize=(7, 2.6 * panels))
-    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    n_panels = 1 + (learning_rate is not None) + (violation is not None)
+    axes = list(new_axes(n_panels, 1, (7, 2.6), sharex=True))
     ax = axes.pop(0)
     ax.plot(steps, train_bits, color=BLUE, linewidth=0.8, label="training batch")
     if len(held_steps) or len(held_bits):
@@ -45,23 +37,18 @@ def plot_run(path, steps, *, train_bits, held_steps=(), held_bits=(), floor=None
         ax.set_ylabel("MaxVio of a batch\n(0: all experts alike)")
         ax.set_ylim(bottom=0)
     ax.set_xlabel("step")
-    figure.tight_layout()
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=110, format="png")
+    save(ax, path)
 
 
 def demo():
     """A made-up run. --plot FILE.png keeps the picture."""
     steps = np.arange(0, 500, 10)
     bits = 0.22 + 6 * np.exp(-steps / 60)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(sys.argv[sys.argv.index("--plot") + 1]) if "--plot" in sys.argv[:-1] else Path(folder, "curves.png")
-        plot_run(path, steps, train_bits=bits, held_steps=steps[::10], held_bits=bits[::10] + 0.02, floor=0.22,
-                 learning_rate=np.minimum(steps / 100, 1) * 1e-3, violation=2 * np.exp(-steps / 100))
-        size, start = path.stat().st_size, path.read_bytes()[:8]
-    print(f"shapes    {len(steps)} points, three panels -> {size:,} bytes of PNG")
-    print(f"claim     it is a picture: {start == bytes([137, 80, 78, 71, 13, 10, 26, 10]) and size > 10_000}")
-    assert start[1:4] == b"PNG" and size > 10_000
+    width, height, size = try_out(lambda path: plot_run(path, steps, train_bits=bits, held_steps=steps[::10], held_bits=bits[::10] + 0.02, floor=0.22,
+                                                        learning_rate=np.minimum(steps / 100, 1) * 1e-3, violation=2 * np.exp(-steps / 100)))
+    print(f"shapes    {len(steps)} points -> three panels, {width} x {height} pixels")
+    print(f"claim     it is a picture, and not an empty one: {size:,} bytes of PNG")
+    assert (width, height) == (770, 858) and size > 10_000
 
 
 if __name__ == "__main__":

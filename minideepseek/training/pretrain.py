@@ -34,10 +34,15 @@ from minideepseek.training.allocator import keep_freed_memory
 from minideepseek.training.checkpoint import NAME, Checkpoint, load_checkpoint, save_checkpoint
 from minideepseek.training.data import BEGIN, batch, bits_per_byte, text_data, town_data
 from minideepseek.training.recipe import Recipe
-from minideepseek.training.step import held_out_nats, model_config, new_model, schedules, train_step, trained_arrays
+from minideepseek.training.step import counted, held_out_nats, model_config, new_model, schedules, train_step, trained_arrays
 
 COLUMNS = ("step", "loss", "mtp_loss", "balance", "bits_per_byte", "held_bits_per_byte", "above_floor", "max_violation", "learning_rate", "norm")
 SAMPLE_TOKENS = 160
+
+
+def columns(recipe):
+    """The columns of a run's log: at the end the held-out losses in nats per token, of the main model (0) and of each module."""
+    return [*COLUMNS, *[f"held_loss_{k}" for k in range(1 + recipe.n_mtp)]]
 
 
 class RunError(ValueError):
@@ -84,7 +89,7 @@ def begin(folder, recipe, *, text=None):
         with replacing(begun / "run.json") as file:
             file.write(json.dumps({"recipe": recipe.to_dict(), "config": run.config.to_dict(), "text": run.text}, indent=2).encode())
         with replacing(begun / "log.csv") as file:
-            file.write((",".join(COLUMNS) + "\n").encode())
+            file.write((",".join(columns(recipe)) + "\n").encode())
         run.save()
         os.rename(begun, folder)
     except BaseException:
@@ -123,7 +128,7 @@ def resume(folder, recipe=None):
     if strange:
         raise RunError(f"{folder / 'log.csv'} holds a line that is no row of a log: {strange[0]!r}")
     with replacing(folder / "log.csv") as file:
-        file.write("".join([",".join(COLUMNS) + "\n", *[row for row in whole if int(row.split(",")[0]) < checkpoint.step]]).encode())
+        file.write("".join([",".join(columns(own)) + "\n", *[row for row in whole if int(row.split(",")[0]) < checkpoint.step]]).encode())
     return run
 
 
@@ -153,11 +158,11 @@ def train(run, *, say=print, live=None, watch=None, workers=None, stop_at=None):
             if watch:
                 watch(step, report)
             done = run.step == recipe.steps
-            held = _held_bits(run) if done or run.step % recipe.evaluate_every == 0 else None
+            held, held_losses = _held_out(run) if done or run.step % recipe.evaluate_every == 0 else (None, [None] * (1 + recipe.n_mtp))
             if held is not None or step % recipe.log_every == 0:
                 bits = bits_per_byte(report.main, per_token)
                 row = (step, report.main, float(np.mean(report.mtp or 0.0)), report.balance, bits, held, None if held is None or data.floor is None else held - floor,
-                       float(np.mean(report.violations or 0.0)), schedules(step, recipe)["lr"], report.norm)
+                       float(np.mean(report.violations or 0.0)), schedules(step, recipe)["lr"], report.norm, *held_losses)
                 csv.writer(log, lineterminator="\n").writerow([step, *["" if value is None else repr(float(value)) for value in row[1:]]])
                 log.flush()
                 _show(run, bits, held, first, began, live, say)
@@ -240,9 +245,10 @@ def _ctrl_c_waits():
         signal.signal(signal.SIGINT, before)
 
 
-def _held_bits(run):
+def _held_out(run):
+    """Bits per byte of the held-out texts, and the losses of main model and modules in nats per token."""
     nats, _ = held_out_nats(run.data.held_tokens, run.data.held_targets, run.weights, run.config)
-    return bits_per_byte(nats, run.data.held_bytes)
+    return bits_per_byte(nats[0], run.data.held_bytes), [sum_ / max(n, 1) for sum_, n in zip(nats, counted(run.data.held_targets, run.config.n_mtp))]
 
 
 def _sample(run, held):

@@ -16,7 +16,7 @@ from minideepseek.autograd.tape import Tape
 from minideepseek.basics.softmax import log_softmax_forward
 from minideepseek.model.block import CONSTANT
 from minideepseek.model.presets import preset
-from minideepseek.model.transformer import IGNORE, init, losses, routers, trainable, transformer
+from minideepseek.model.transformer import IGNORE, init, losses, predict_further, routers, trainable, transformer
 from minideepseek.moe.balance_loss import sequence_balance
 from minideepseek.moe.bias_balance import expert_counts, max_violation, update_bias
 from minideepseek.training.adamw import adamw_step, new_state
@@ -147,22 +147,31 @@ def first_bad(tape):
 
 
 def held_out_nats(tokens, targets, weights, config, *, rows=32):
-    """The main model's cross entropy summed over all targets that count, in nats, and the expert counts (E,) of each layer over all rows.
+    """Cross entropies summed over all targets that count, in nats: of the main model, then of each module; and the main
+    model's expert counts (E,) of each layer, over all rows. How many targets those sums have: see `counted`.
 
     Changes nothing: selection biases stand still in evaluation.
     """
-    total, counts = 0.0, []
+    nats, counts = np.zeros(1 + config.n_mtp), []
     for start in range(0, len(tokens), rows):
         piece = slice(start, start + rows)
         used = (targets[piece] != IGNORE).any(axis=0).nonzero()[0].max() + 1          # cut what is padding in every row
-        out = transformer(tokens[piece, :used], weights, config)
-        log_p, _ = log_softmax_forward(out.logits.data.astype(np.float64))
-        goal = targets[piece, :used]
+        ids, goal = tokens[piece, :max(used, 1 + config.n_mtp)], targets[piece, :max(used, 1 + config.n_mtp)]
+        out = transformer(ids, weights, config)
+        further = predict_further(out, ids, weights, config) if ids.shape[1] > config.n_mtp else ()
+        for k, logits in enumerate([out.logits, *[prediction.logits for prediction in further]]):
+            nats[k] += _nats(logits.data, goal[:, k:])
         valid = goal != IGNORE
-        total -= np.take_along_axis(log_p, np.where(valid, goal, 0)[..., None], axis=-1)[..., 0][valid].sum()
         here = [expert_counts(route.chosen.data[valid], config.n_routed) for route in out.routed if route is not None]
         counts = [a + b for a, b in zip(counts or [0] * len(here), here)]
-    return float(total), counts
+    return nats.tolist(), counts
+
+
+def _nats(logits, goal):
+    """The sum of -log p of the targets that count, in float64."""
+    log_p, _ = log_softmax_forward(logits.astype(np.float64))
+    valid = goal != IGNORE
+    return -np.take_along_axis(log_p, np.where(valid, goal, 0)[..., None], axis=-1)[..., 0][valid].sum()
 
 
 def demo():

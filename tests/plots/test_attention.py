@@ -1,4 +1,3 @@
-import struct
 import subprocess
 import sys
 
@@ -6,6 +5,7 @@ import numpy as np
 import pytest
 
 from minideepseek.plots import attention as plots
+from minideepseek.plots.canvas import new_axes, png_size
 from tests.house import ROOT
 
 pytest.importorskip("matplotlib")
@@ -22,19 +22,12 @@ DRAW = {
 }
 
 
-def size(path):
-    """(width, height) of a PNG, from its first bytes."""
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR"
-    return struct.unpack(">II", head[16:24])
-
-
 @pytest.mark.parametrize("name", DRAW)
 def test_each_writes_a_png_and_draws_on_axes_it_is_given(name, tmp_path):
     path = tmp_path / "picture.png"
     alone = DRAW[name](path=path)
-    assert min(size(path)) > 250 and alone.get_xlabel() and (alone.get_ylabel() or name == "cache_bars") and alone.get_title()
-    left, right = plots.new_axes(1, 2)
+    assert min(png_size(path)) > 250 and alone.get_xlabel() and (alone.get_ylabel() or name == "cache_bars") and alone.get_title()
+    left, right = new_axes(1, 2)
     assert DRAW[name](ax=right) is right and right.has_data() and not left.has_data()
     assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
     assert "matplotlib.pyplot" not in sys.modules or sys.modules["matplotlib.pyplot"].get_fignums() == []
@@ -95,19 +88,10 @@ def test_what_does_not_fit_together_is_refused_by_name(call, words):
         call()
 
 
-def test_the_option_plot(monkeypatch):
-    for arguments, path in (([], None), (["--plot", "a.png"], "a.png"), (["-v", "--plot", "b.png", "c"], "b.png")):
-        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
-        assert plots.plot_path() == path
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--plot"])
-    with pytest.raises(SystemExit, match="FILE.png"):
-        plots.plot_path()
-
-
 def test_the_demos_draw_on_request(tmp_path):
     runs = {name: subprocess.Popen([sys.executable, ROOT / f"minideepseek/attention/{name}.py", "--plot", f"{name}.png"], cwd=tmp_path,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name in ("yarn", "kv_cache")}
     for name, run in runs.items():
         printed, _ = run.communicate(timeout=60)
         assert run.returncode == 0 and "claim" in printed, printed
-        assert min(size(tmp_path / f"{name}.png")) > 250
+        assert min(png_size(tmp_path / f"{name}.png")) > 250

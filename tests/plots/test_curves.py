@@ -1,10 +1,10 @@
-import struct
 import sys
 
 import numpy as np
 import pytest
 
 from minideepseek.plots import curves
+from minideepseek.plots.canvas import png_size
 from minideepseek.plots.curves import plot_run
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -16,19 +16,11 @@ RATE, VIOLATION = {"learning_rate": np.linspace(0, 1e-3, 10)}, {"violation": np.
 FLOOR = {"floor": 0.213}
 
 
-def size(path):
-    """(width, height) of a PNG, from its first bytes."""
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR"
-    return struct.unpack(">II", head[16:24])
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """The panels of each figure, in place of a file."""
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: figures.append(figure))
-    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda figure: None)
     return figures
 
 
@@ -38,8 +30,8 @@ def test_it_writes_pngs_whose_height_grows_with_the_panels(monkeypatch, tmp_path
     plot_run(str(few), STEPS, train_bits=BITS)
     monkeypatch.setattr(sys, "argv", ["curves.py", "--plot", str(many)])
     curves.demo()                                                        # all there is, kept on request
-    (width, height), (same, higher) = size(few), size(many)
-    assert width == same > 500 and higher == 3 * height and "it is a picture: True" in capsys.readouterr().out
+    (width, height), (same, higher) = png_size(few), png_size(many)
+    assert width == same > 500 and higher == 3 * height and "it is a picture" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.png", "many.png"]
 
 
@@ -79,8 +71,7 @@ def test_what_does_not_fit_together_is_refused_aloud(drawn, wrong):
     assert not drawn
 
 
-def test_a_folder_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda figure: None)
+def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         plot_run(tmp_path / "nowhere" / "curves.png", STEPS, train_bits=BITS)
 

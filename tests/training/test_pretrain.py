@@ -16,7 +16,7 @@ from minideepseek.training import pretrain
 from minideepseek.training import step as step_file
 from minideepseek.training.checkpoint import NAME, PREVIOUS, load_checkpoint
 from minideepseek.training.data import BEGIN, DataError
-from minideepseek.training.pretrain import COLUMNS, RunError, begin, load_run, resume, story, train
+from minideepseek.training.pretrain import RunError, begin, columns, load_run, resume, story, train
 from minideepseek.training.recipe import Recipe
 from minideepseek.training.step import TrainingError, held_out_nats, schedules
 
@@ -86,7 +86,7 @@ def test_the_folder_of_a_run(fresh, whole):
 def test_the_log(whole):
     run = resume(whole)
     rows = list(csv.DictReader((whole / "log.csv").open()))
-    assert tuple(rows[0]) == COLUMNS and [int(row["step"]) for row in rows] == list(range(8))
+    assert list(rows[0]) == columns(run.recipe) and [int(row["step"]) for row in rows] == list(range(8))
     assert [i for i, row in enumerate(rows) if row["held_bits_per_byte"]] == [3, 7] == [i for i, row in enumerate(rows) if row["above_floor"]]
     per_token = run.data.held_bytes / (run.data.held_targets >= 0).sum()
     for step, row in enumerate(rows):
@@ -96,7 +96,8 @@ def test_the_log(whole):
     assert abs(float(rows[0]["loss"]) / math.log(300) - 1) < 0.02 and float(rows[-1]["loss"]) < float(rows[0]["loss"])
     nats, _ = held_out_nats(run.data.held_tokens, run.data.held_targets, run.weights, run.config)     # after the last step, of the saved weights
     held = float(rows[-1]["held_bits_per_byte"])
-    assert held == nats / math.log(2) / run.data.held_bytes and float(rows[-1]["above_floor"]) == held - run.data.floor
+    assert held == nats[0] / math.log(2) / run.data.held_bytes and float(rows[-1]["above_floor"]) == held - run.data.floor
+    assert float(rows[-1]["held_loss_0"]) == nats[0] / (run.data.held_targets >= 0).sum() and not rows[0]["held_loss_0"]
 
 
 def test_rows_of_the_log_and_saves_come_as_told(fresh, tmp_path, monkeypatch):
@@ -200,7 +201,7 @@ def test_ctrl_c_in_the_middle_of_an_update(cut, whole, monkeypatch):
     assert go_on(cut) and record(cut) == record(whole)
 
 
-@pytest.mark.parametrize("name", ["_held_bits", "_sample"])
+@pytest.mark.parametrize("name", ["_held_out", "_sample"])
 def test_ctrl_c_in_the_middle_of_an_evaluation(cut, whole, monkeypatch, name):
     with monkeypatch.context() as patch:
         press_ctrl_c(patch, name)
@@ -212,7 +213,7 @@ class Killed(BaseException):
     """Stands for a process that is gone: nobody catches it."""
 
 
-@pytest.mark.parametrize("name, number", [("train_step", 7), ("_held_bits", 0), ("_sample", 1), ("_show", 4), ("save_checkpoint", 2)])
+@pytest.mark.parametrize("name, number", [("train_step", 7), ("_held_out", 0), ("_sample", 1), ("_show", 4), ("save_checkpoint", 2)])
 def test_killed_it_goes_on_from_the_last_checkpoint(cut, whole, monkeypatch, name, number):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         at_call(patch, pretrain, name, number, Killed)

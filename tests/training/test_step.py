@@ -11,7 +11,7 @@ from minideepseek.autograd import params
 from minideepseek.autograd.tape import Tape
 from minideepseek.basics.softmax import log_softmax_forward
 from minideepseek.corpus.batches import whole
-from minideepseek.model.transformer import IGNORE, losses, routers, trainable, transformer
+from minideepseek.model.transformer import IGNORE, losses, predict_further, routers, trainable, transformer
 from minideepseek.moe.balance_loss import sequence_balance
 from minideepseek.moe.bias_balance import expert_counts, max_violation
 from minideepseek.training import step as step_file
@@ -75,7 +75,7 @@ def test_one_batch_is_learnt_by_heart():
         if report.main < 0.05:
             break
     assert report.main < 0.05 and 20 < step < 150, (step, report.main)
-    assert held_out_nats(tokens, targets, weights, config)[0] / targets.size < 0.05
+    assert held_out_nats(tokens, targets, weights, config)[0][0] / targets.size < 0.05
 
 
 @pytest.mark.parametrize("seed, vocab_size", [(0, 300), (1, 300), (0, 1000)])
@@ -280,10 +280,31 @@ def test_held_out_nats_are_the_plain_sum_whatever_the_rows(rows):
         nats -= sum(log_p[i, goal[i]] for i in range(n))
         counts = counts + np.array([expert_counts(route.chosen.data, config.n_routed) for route in out.routed[1:]])
     found, loads = held_out_nats(tokens, targets, weights, config, rows=rows)
-    assert found == pytest.approx(nats, rel=1e-12) and np.array_equal(loads, counts)
+    assert found[0] == pytest.approx(nats, rel=1e-12) and np.array_equal(loads, counts)
     other = np.where(targets == IGNORE, 7, tokens)               # what stands in the padding cannot matter
     found, loads = held_out_nats(other, targets, weights, config, rows=rows)
-    assert found == pytest.approx(nats, rel=1e-12) and np.array_equal(loads, counts)
+    assert found[0] == pytest.approx(nats, rel=1e-12) and np.array_equal(loads, counts)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 32])
+def test_each_depth_is_scored_on_its_own_targets(rows):
+    """Module k at position i predicts token i + k + 2, text by text; a text too short for a depth has no target there."""
+    _, config, weights, _, _, _ = case(n_mtp=2, dtype=np.float64)
+    tokens, targets = held_out(config)
+    nats = [0.0, 0.0]
+    for row, goal in zip(tokens, targets):
+        n = int((goal != IGNORE).sum())
+        if n <= 2:
+            continue                                             # nothing at depth 2; the rest is looked at below
+        text = row[None, :n]
+        for k, prediction in enumerate(predict_further(transformer(text, weights, config), text, weights, config)):
+            log_p, _ = log_softmax_forward(prediction.logits.data[0])
+            nats[k] -= sum(log_p[i, goal[i + k + 1]] for i in range(n - k - 1))
+    (_, *found), _ = held_out_nats(tokens, targets, weights, config, rows=rows)
+    assert min((targets != IGNORE).sum(axis=1)) < 3 and found[1] == pytest.approx(nats[1], rel=1e-12)
+    longer = (targets != IGNORE).sum(axis=1) > 2
+    (_, first, _), _ = held_out_nats(tokens[longer], targets[longer], weights, config, rows=rows)
+    assert first == pytest.approx(nats[0], rel=1e-12)
 
 
 def test_evaluation_changes_nothing():
