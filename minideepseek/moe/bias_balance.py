@@ -11,6 +11,8 @@ import numpy as np
 
 from minideepseek.basics.swiglu import sigmoid
 from minideepseek.moe.router import choose
+from minideepseek.plots.canvas import panels, plot_path
+from minideepseek.plots.experts import bias_trajectories, load_over_training, violation_curves
 
 
 def expert_counts(chosen, n_routed):
@@ -117,7 +119,7 @@ def _door(counts, some=False):
 
 
 def demo():
-    """Three experts by hand, and a skewed router that each rule balances alone, or fails to."""
+    """Three experts by hand, and a skewed router that each rule balances alone, or fails to. --plot FILE.png draws it."""
     b = update_bias(np.zeros(3), np.array([5, 3, 1]), gamma=0.001)
     print("shapes    chosen (..., top_k) -> counts (E,); b_select (E,), counts (E,) -> b_select (E,)")
     print("by hand   counts (5, 3, 1), mean 3: the biases move by", *b, f"and MaxVio = (5 - 3) / 3 = {max_violation([5, 3, 1]):.4f}")
@@ -126,26 +128,32 @@ def demo():
     ways = {"sign": ("sign", 0.005, False), "sign, b a factor": ("sign", 0.005, True), "relative": ("relative", 0.02, False),
             "proportional": ("proportional", 0.0002, False), "proportional, too fast": ("proportional", 0.005, False)}
     print(f"          MaxVio, each of the last {last} of {steps} batches | all {last} together")
-    found = {}
+    found, pictured = {}, {}
     for name, (rule, gamma, factor) in ways.items():
         rng = np.random.default_rng(0)
         W_router = rng.standard_normal((D, E)) / D**0.5
         W_router[0] = np.linspace(-1.5, 1.5, E)                     # the first channel is always 1: a favour for the last experts
-        b, history = np.full(E, float(factor)), []
+        b, history, biases = np.full(E, float(factor)), [], []
         for _ in range(steps):                                      # a training loop without the training: W_router stays
             x = rng.standard_normal((M, D))
             x[:, 0] = 1
             score = sigmoid(x @ W_router)
             chosen = choose_multiplied(score, b, top_k=K) if factor else choose(score, b, top_k=K, n_groups=1, n_groups_kept=1, scoring="sigmoid")
             history.append(expert_counts(chosen, E))
+            biases.append(b)
             b = update_bias(b, history[-1], gamma, rule)            # after the step, for the next batch
         before, (together, each) = max_violation(history[0]), max_violations(history[-last:])
-        found[name] = each, together
+        found[name], pictured[name] = (each, together), (np.array(history), np.array(biases))
         print(f"          {name:22s} gamma {gamma:<7g} {each:.2f} | {together:.3f}")
     print(f"claim     MaxVio {before:.2f} -> {found['sign'][0]:.2f}, no gradient, the router unchanged; "
           f"too fast {found['proportional, too fast'][0]:.2f}, which all batches together hide: {found['proportional, too fast'][1]:.3f}")
     assert before > 1 and all(each < 0.25 for each, _ in list(found.values())[:4])
     assert found["proportional, too fast"][0] > 1 and found["proportional, too fast"][1] < 0.1
+    if path := plot_path():
+        at, (loads, biases) = np.arange(steps), pictured["sign"]
+        curves = {name: [max_violation(counts) for counts in history] for name, (history, _) in pictured.items()}
+        panels(path, lambda ax: violation_curves(at, curves, ax=ax), lambda ax: load_over_training(at, loads, ax=ax),
+               lambda ax: bias_trajectories(at, biases, ax=ax))
 
 
 if __name__ == "__main__":
