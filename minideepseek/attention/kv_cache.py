@@ -75,7 +75,8 @@ def demo():
     v3 = dict(n_heads=128, d_key=192, d_value=128, n_kv_heads=8, kv_rank=512, d_rope=64)
     sizes = {kind: cached_floats(kind, **v3) for kind in ("mha", "gqa", "mqa", "mla")}
     print("claim     V3's heads, floats per token and layer: " + ", ".join(f"{kind} {size:,}" for kind, size in sizes.items()))
-    from minideepseek.plots.attention import cache_bars, plot_path
+    from minideepseek.plots.attention import cache_bars
+    from minideepseek.plots.canvas import plot_path
     if path := plot_path():
         cache_bars(sizes, path=path)
     assert refused and cache.length == 1 and sizes == {"mha": 40_960, "gqa": 2_560, "mqa": 320, "mla": 576}

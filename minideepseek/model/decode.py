@@ -13,15 +13,16 @@ from minideepseek.basics.rmsnorm import rmsnorm_forward
 from minideepseek.basics.swiglu import swiglu_forward
 from minideepseek.model.block import attention_options, position_tables, routing_options
 from minideepseek.model.config import Config
+from minideepseek.model.mtp import mtp_projection_forward
 from minideepseek.model.transformer import check_ids, init, transformer
 from minideepseek.moe.deepseek_moe import MoEWeights, deepseek_moe_forward
 
 
-def new_caches(config, batch, capacity, dtype):
-    """One empty LatentCache for every layer of the main model. Raises ValueError for a model without latent attention."""
+def new_caches(config, batch, capacity, dtype, n_caches=None):
+    """One empty LatentCache for every layer of the main model, or as many as asked. Raises ValueError for a model without latent attention."""
     if config.attention != "mla":
         raise ValueError(f"attention = {config.attention!r}: latent caches are those of 'mla'; generate(..., use_cache=False) recomputes")
-    return [LatentCache(batch, capacity, config.kv_rank, config.d_rope, dtype) for _ in range(config.n_layers)]
+    return [LatentCache(batch, capacity, config.kv_rank, config.d_rope, dtype) for _ in range(config.n_layers if n_caches is None else n_caches)]
 
 
 def transformer_decode(ids, weights, config, caches):
@@ -29,7 +30,7 @@ def transformer_decode(ids, weights, config, caches):
 
     ids: (B, T) int, the new tokens: a whole prompt, a piece of it, or one token   weights: ModelWeights of arrays
     caches: of `new_caches`, all of the same length S - T
-    -> logits: (B, T, U)   hidden: (B, T, D), after the final norm
+    -> logits: (B, T, U)   hidden: (B, T, D), what prediction modules read: after the final norm if config.mtp_reads_normed, else before
 
     Equal to the last T positions of `transformer` on the whole text, whatever the pieces.
     Raises ValueError for ids the model refuses, caches that do not fit, or a text longer than they or the position table.
@@ -43,8 +44,23 @@ def transformer_decode(ids, weights, config, caches):
     x = weights.E[ids]                                                                      # (B, T, D)
     for layer, cache in zip(weights.layers, caches, strict=True):
         x = block_decode(x, layer, config, cos, sin, cache)
-    hidden, _ = rmsnorm_forward(x, weights.g_final, eps=config.eps)                         # (B, T, D)
-    return hidden @ weights.W_head, hidden
+    normed, _ = rmsnorm_forward(x, weights.g_final, eps=config.eps)                         # (B, T, D)
+    return normed @ weights.W_head, normed if config.mtp_reads_normed else x
+
+
+def module_decode(hidden, ahead, module, weights, config, cache):
+    """`mtp_module` on plain arrays, with its attention on the cache, which grows by T positions.
+
+    hidden: (B, T, D), the states at its next T positions   ahead: (B, T) int, the tokens shown there   module: of weights.mtp
+    -> logits: (B, T, U)   hidden: (B, T, D), what the next module reads
+    """
+    start, T = cache.length, ahead.shape[1]
+    cos, sin = position_tables(config, np.arange(start, start + T), weights.E.dtype)
+    merged, _ = mtp_projection_forward(hidden, weights.E[ahead], module.g_hidden, module.g_embedding, module.W_merge, eps=config.eps,
+                                       embedding_first=config.mtp_embedding_first)          # eq. 4
+    x = block_decode(merged, module.block, config, cos, sin, cache)                         # (B, T, D)
+    normed, _ = rmsnorm_forward(x, module.g_final, eps=config.eps)                          # (B, T, D)
+    return normed @ weights.W_head, normed if config.mtp_reads_normed else x
 
 
 def check_caches(caches, config, dtype):

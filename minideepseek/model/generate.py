@@ -26,17 +26,9 @@ def generate(prompt, weights, config, *, max_new_tokens, temperature=0.0, top_k=
     Raises ValueError at the call, before the first token, for an empty prompt, one that leaves no room in the
     position table, or an option out of range.
     """
-    prompt = np.asarray(prompt)
-    if prompt.ndim != 1 or prompt.size == 0:
-        raise ValueError(f"prompt has shape {prompt.shape}: it must be a row of at least one token")
-    _check(max_new_tokens=(max_new_tokens, _whole(max_new_tokens) and max_new_tokens >= 0, "must be a whole number, not negative"),
-           chunk=(chunk, _whole(chunk) and chunk > 0, "must be a positive whole number"))
-    check_options(temperature, top_k, top_p)
-    if len(prompt) + max_new_tokens > config.max_positions:
-        raise ValueError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed max_positions = {config.max_positions}")
-    check_ids(prompt[None], config)
-    return _tokens(prompt[None], arrays(weights), config, max_new_tokens, (temperature, top_k, top_p), set(stop), seed,
-                   use_cache and config.attention == "mla", chunk)
+    options = (temperature, top_k, top_p)
+    ids = check_request(prompt, config, max_new_tokens, options, chunk=chunk)
+    return _tokens(ids, arrays(weights), config, max_new_tokens, options, set(stop), seed, use_cache and config.attention == "mla", chunk)
 
 
 def distribution(logits, temperature=1.0, top_k=None, top_p=None):
@@ -69,6 +61,23 @@ def draw(p, rng):
     if not np.isfinite(total[-1]):
         raise ValueError("the probabilities hold nan: so do the logits they were made from")
     return int(min(np.searchsorted(total, rng.random() * total[-1], side="right"), np.flatnonzero(p)[-1]))     # eq. 6
+
+
+def check_request(prompt, config, max_new_tokens, options, **positive):
+    """The door of generation: a prompt as ids (1, T). options: those of `distribution`   positive: whole numbers above 0, by name
+
+    Raises ValueError that names what cannot be.
+    """
+    prompt = np.asarray(prompt)
+    if prompt.ndim != 1 or prompt.size == 0:
+        raise ValueError(f"prompt has shape {prompt.shape}: it must be a row of at least one token")
+    _check(max_new_tokens=(max_new_tokens, _whole(max_new_tokens) and max_new_tokens >= 0, "must be a whole number, not negative"),
+           **{name: (value, _whole(value) and value > 0, "must be a positive whole number") for name, value in positive.items()})
+    check_options(*options)
+    if len(prompt) + max_new_tokens > config.max_positions:
+        raise ValueError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed max_positions = {config.max_positions}")
+    check_ids(prompt[None], config)
+    return prompt[None].astype(np.int64)
 
 
 def check_options(temperature, top_k, top_p):

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from minideepseek.model.config import Config
-from minideepseek.model.decode import new_caches, transformer_decode
-from minideepseek.model.transformer import init, transformer
+from minideepseek.model.decode import module_decode, new_caches, transformer_decode
+from minideepseek.model.transformer import init, predict_further, transformer
 
 SMALL = dict(vocab_size=13, d_model=12, n_layers=3, n_dense_layers=1, d_ff=10, max_positions=12, n_heads=2, q_rank=6, kv_rank=5, d_nope=4, d_rope=2,
              d_value=3, yarn_original=8, n_routed=6, top_k=2, d_expert=5, n_groups=3, n_groups_kept=2, n_mtp=0)
@@ -28,6 +28,26 @@ def test_in_pieces_of_any_size_the_logits_are_those_of_the_whole(fields, cuts):
         start += n
     assert np.abs(np.concatenate(logits, axis=1) - out.logits.data).max() < 1e-12
     assert np.abs(np.concatenate(hidden, axis=1) - out.hidden.data).max() < 1e-12
+
+
+@pytest.mark.parametrize("fields", [{"n_mtp": 1}, {"n_mtp": 2, "mtp_reads_normed": False}, {"n_mtp": 2, "mtp_embedding_first": False}],
+                         ids=["one", "two, before the norm", "two, hidden first"])
+@pytest.mark.parametrize("size", [9, 4, 1])
+def test_modules_in_pieces_of_any_size(fields, size):
+    """What the model hands them, what they predict and what each hands to the next are those of `predict_further`."""
+    config, weights, ids = model(**fields)
+    out = transformer(ids, weights, config)
+    caches = new_caches(config, 2, 9, np.float64)
+    hidden = np.concatenate([transformer_decode(ids[:, start:start + size], weights, config, caches)[1] for start in range(0, 9, size)], axis=1)
+    assert np.abs(hidden - (out.hidden if config.mtp_reads_normed else out.stream).data).max() < 1e-12
+    caches = new_caches(config, 2, 9, np.float64, config.n_mtp)
+    for k, (module, cache, whole) in enumerate(zip(weights.mtp, caches, predict_further(out, ids, weights, config), strict=True)):
+        hidden, ahead = hidden[:, :8 - k], ids[:, k + 1:]
+        logits, states = zip(*[module_decode(hidden[:, start:start + size], ahead[:, start:start + size], module, weights, config, cache)
+                               for start in range(0, 8 - k, size)])
+        hidden = np.concatenate(states, axis=1)
+        assert cache.length == 8 - k and np.abs(np.concatenate(logits, axis=1) - whole.logits.data).max() < 1e-12
+        assert np.abs(hidden - whole.hidden.data).max() < 1e-12
 
 
 def test_after_forgetting_it_goes_on_from_there():
