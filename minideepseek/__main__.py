@@ -18,7 +18,7 @@ from minideepseek.model.config import ATTENTION
 from minideepseek.tokenizer.bpe import TokenizerError
 from minideepseek.training import pretrain
 from minideepseek.training.data import DataError
-from minideepseek.training.recipe import RECIPES, RecipeError, recipe
+from minideepseek.training.recipe import PRECISIONS, RECIPES, RecipeError, recipe
 from minideepseek.training.step import TrainingError
 
 FIRST_COMMANDS = """\
@@ -59,6 +59,7 @@ def _parser():
     one = command("train", _train, "train a model from text")
     one.add_argument("--preset", help=f"{', '.join(RECIPES)}; default: tiny")
     one.add_argument("--attention", choices=ATTENTION, help="mla is DeepSeek's; mha, gqa and mqa are the baselines below it")
+    one.add_argument("--precision", choices=PRECISIONS, help="of the products of linear layers; fp8 as V3 does it, simulated; default: fp32")
     one.add_argument("--text", help="a UTF-8 text file; default: stories of the town, whose entropy is known")
     one.add_argument("--steps", type=int, help="how many steps, instead of the preset's")
     one.add_argument("--seed", type=int, help="default: 0")
@@ -103,13 +104,13 @@ def _positive(text):
 
 def _train(options):
     if options.resume:
-        others = [f"--{name}" for name in ("preset", "attention", "text", "steps", "seed", "out") if getattr(options, name) is not None]
+        others = [f"--{name}" for name in ("preset", "attention", "precision", "text", "steps", "seed", "out") if getattr(options, name) is not None]
         if others:
             raise pretrain.RunError(f"--resume goes on with what the run was begun with: leave out {', '.join(others)}")
         run = pretrain.resume(options.resume)
     else:
         name = options.preset or "tiny"
-        chosen = dataclasses.replace(recipe(name), seed=options.seed or 0, attention=options.attention or "mla")
+        chosen = dataclasses.replace(recipe(name), seed=options.seed or 0, attention=options.attention or "mla", precision=options.precision or "fp32")
         if options.steps is not None:
             if options.steps < 1:
                 raise RecipeError(f"steps = {options.steps} must be positive")

@@ -8,7 +8,10 @@ if not __package__:  # run as a script: take the package from this repository, a
 import dataclasses
 import math
 
+import ml_dtypes
 import numpy as np
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclasses.dataclass
@@ -19,10 +22,13 @@ class AdamWState:
     step: int = 0    # updates made so far
 
 
-def new_state(flat):
-    """The state before the first step: no memory. flat: {name: weight}, see `adamw_step`."""
-    return AdamWState({name: np.zeros_like(theta) for name, theta in flat.items()},
-                      {name: np.zeros_like(theta) for name, theta in flat.items()})
+def new_state(flat, dtype=None):
+    """The state before the first step: no memory.
+
+    flat: {name: weight}, see `adamw_step`   dtype: in which both moments are kept; None: each in that of its weight
+    """
+    return AdamWState({name: np.zeros_like(theta, dtype) for name, theta in flat.items()},
+                      {name: np.zeros_like(theta, dtype) for name, theta in flat.items()})
 
 
 def decays(name, array):
@@ -38,7 +44,8 @@ def adamw_step(flat, gradients, state, *, lr, beta1=0.9, beta2=0.95, eps=1e-8, w
 
     flat: {name: array}, the very arrays of the model, and only those that a gradient trains: no selection biases
     gradients: {name: array}, one for each weight, of its shape and dtype; all zeros when nothing reached it
-    state: AdamWState, of `new_state` or of the step before; changed in place   lr: of this step, see schedule
+    state: AdamWState, of `new_state` or of the step before; changed in place. Moments kept in bfloat16, as V3 does, are
+    computed in the precision of the weight and rounded once, when they are put back   lr: of this step, see schedule
     A weight whose gradient is zero still decays, and moves on while m remembers older gradients.
 
     Raises ValueError, before anything is changed, for names that are missing or unexpected, another shape or dtype,
@@ -53,7 +60,8 @@ def adamw_step(flat, gradients, state, *, lr, beta1=0.9, beta2=0.95, eps=1e-8, w
     correction1 = 1 - beta1**state.step             # the weights of a mean over only `step` gradients add up to this
     correction2 = 1 - beta2**state.step
     for name, theta in flat.items():
-        g, m, v = gradients[name], state.m[name], state.v[name]
+        g = gradients[name]
+        m, v = [kept.astype(theta.dtype, copy=False) for kept in (state.m[name], state.v[name])]    # the very arrays, unless they are bfloat16
         m *= beta1
         m += (1 - beta1) * g                                    # eq. 1
         v *= beta2
@@ -63,6 +71,9 @@ def adamw_step(flat, gradients, state, *, lr, beta1=0.9, beta2=0.95, eps=1e-8, w
         if decays(name, theta):
             theta *= 1 - lr * weight_decay                      # eq. 5
         theta -= lr * (m_hat / (np.sqrt(v_hat) + eps))          # eq. 6
+        for kept, moment in ((state.m[name], m), (state.v[name], v)):
+            if kept is not moment:
+                kept[...] = moment
 
 
 def _check_numbers(lr, beta1, beta2, eps, weight_decay):
@@ -87,7 +98,8 @@ def _check_arrays(flat, gradients, state):
                 if not isinstance(array, np.ndarray):
                     raise ValueError(f"{name} of {whose} is a {type(array).__name__}, expected an array")
             form, expected = (arrays[name].shape, arrays[name].dtype), (theta.shape, theta.dtype)
-            if form != expected:
+            rounded = what != "gradients" and form == (theta.shape, BF16)
+            if form != expected and not rounded:
                 raise ValueError(f"{name} of {what} is {form[1]} {form[0]}, its weight is {expected[1]} {expected[0]}")
     for name, theta in flat.items():
         if not theta.flags.writeable:

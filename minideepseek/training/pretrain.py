@@ -33,6 +33,7 @@ from minideepseek.training.adamw import new_state
 from minideepseek.training.allocator import keep_freed_memory
 from minideepseek.training.checkpoint import NAME, Checkpoint, load_checkpoint, save_checkpoint
 from minideepseek.training.data import BEGIN, batch, bits_per_byte, text_data, town_data
+from minideepseek.training.mixed_precision import moment_dtype
 from minideepseek.training.recipe import Recipe
 from minideepseek.training.step import counted, held_out_nats, model_config, new_model, schedules, train_step, trained_arrays
 
@@ -67,7 +68,7 @@ class Run:
     def restore(self, checkpoint):
         """Go back to where a checkpoint was written."""
         self.weights = saved_weights(checkpoint, self.config)
-        self.state = new_state(trained_arrays(self.weights))
+        self.state = new_state(trained_arrays(self.weights), moment_dtype(self.recipe))
         for kind, moments in (("m.", self.state.m), ("v.", self.state.v)):
             for name, moment in moments.items():
                 moment[...] = checkpoint.arrays[kind + name]

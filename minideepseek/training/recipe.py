@@ -14,6 +14,9 @@ from minideepseek.model.presets import PRESETS
 from minideepseek.tokenizer.chat import SPECIAL
 
 
+PRECISIONS = ("fp32", "bf16", "fp8")
+
+
 class RecipeError(ValueError):
     """A recipe no run can have; the message names the field and the value received."""
 
@@ -48,6 +51,11 @@ class Recipe:
     mtp_first: float = 0.3           # weight of the modules' loss ...
     mtp_then: float = 0.1            # ... and in the last third
 
+    precision: str = "fp32"          # of the products of linear layers, and of AdamW's moments; see mixed_precision
+    fp8_tile: int = 32               # entries that share a scale; V3: 128, in far larger matrices
+    fp8_scales: str = "tiles"        # or "tensor": one for each whole matrix, as before V3
+    fp8_gradients: str = "E4M3"      # or "E5M2", as before V3
+
     log_every: int = 10
     evaluate_every: int = 150
     save_every: int = 150
@@ -61,7 +69,7 @@ class Recipe:
             else:
                 fits = type(value) is kind
             self._rule(fits, field.name, f"must be {({int: 'a whole number', float: 'a finite number', str: 'a string'}[kind])}")
-        for name in ("steps", "batch", "length", "pieces", "corpus_bytes", "warmup", "log_every", "evaluate_every", "save_every", "evaluation_stories",
+        for name in ("steps", "batch", "length", "pieces", "corpus_bytes", "warmup", "fp8_tile", "log_every", "evaluate_every", "save_every", "evaluation_stories",
                      "init_std", "head_std", "peak", "clip"):
             self._rule(getattr(self, name) > 0, name, "must be positive")
         for name in ("seed", "decay", "floor", "weight_decay", "gamma", "gamma_off", "balance_weight", "n_mtp", "mtp_first", "mtp_then"):
@@ -75,7 +83,8 @@ class Recipe:
         self._rule(self.floor <= self.peak, "floor", f"exceeds peak = {self.peak}")
         self._rule(self.length > self.n_mtp + 1, "length", f"is too short for n_mtp = {self.n_mtp} modules")
         self._rule(self.attention in ATTENTION, "attention", f"must be one of {', '.join(ATTENTION)}")
-        self._rule(self.balance in ("bias", "aux", "none"), "balance", "must be one of bias, aux, none")
+        for name, allowed in (("balance", ("bias", "aux", "none")), ("precision", PRECISIONS), ("fp8_scales", ("tiles", "tensor")), ("fp8_gradients", ("E4M3", "E5M2"))):
+            self._rule(getattr(self, name) in allowed, name, f"must be one of {', '.join(allowed)}")
 
     def _rule(self, holds, name, message):
         if not holds:
@@ -106,7 +115,7 @@ class Recipe:
 
 
 RECIPES = {
-    "micro": Recipe(model="micro", steps=400, decay=300, init_std=0.12, corpus_bytes=1_500_000, gamma_off=40, evaluate_every=200, save_every=200),
+    "micro": Recipe(model="micro", steps=400, decay=300, init_std=0.12, corpus_bytes=1_500_000, gamma_off=40, evaluate_every=200, save_every=200, fp8_tile=16),
     "tiny": Recipe(),
     "small": Recipe(model="small", steps=1_500, init_std=0.06, head_std=0.025, length=256, decay=1_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=150,
                     evaluate_every=500, save_every=250),

@@ -13,6 +13,7 @@ import numpy as np
 
 from minideepseek.autograd import params
 from minideepseek.autograd.tape import Tape
+from minideepseek.basics.linear import matmul
 from minideepseek.basics.softmax import log_softmax_forward
 from minideepseek.model.block import CONSTANT
 from minideepseek.model.presets import preset
@@ -21,6 +22,7 @@ from minideepseek.moe.balance_loss import sequence_balance
 from minideepseek.moe.bias_balance import expert_counts, max_violation, update_bias
 from minideepseek.training.adamw import adamw_step, new_state
 from minideepseek.training.clip import clip_by_global_norm
+from minideepseek.training.mixed_precision import gemm_of, moment_dtype
 from minideepseek.training.recipe import Recipe
 from minideepseek.training.schedule import balance_speed, learning_rate, mtp_weight
 
@@ -52,7 +54,7 @@ def model_config(recipe, vocab_size):
 def new_model(recipe, config):
     """Fresh weights, as arrays, and the optimiser's state."""
     weights = init(config, np.random.default_rng([recipe.seed, 0, 2]), std=recipe.init_std, head_std=recipe.head_std)
-    return weights, new_state(trained_arrays(weights))
+    return weights, new_state(trained_arrays(weights), moment_dtype(recipe))
 
 
 def trained_arrays(weights):
@@ -72,7 +74,8 @@ def train_step(weights, state, tokens, targets, *, step, config, recipe, workers
     if not totals[0]:
         raise TrainingError(f"step {step}: no target of the batch counts")
     rows = np.split(np.arange(len(tokens)), recipe.pieces)
-    one = functools.partial(piece, weights=weights, step=step, config=config, speeds=speeds, totals=totals, n_rows=len(tokens))
+    one = functools.partial(piece, weights=weights, step=step, config=config, speeds=speeds, totals=totals, n_rows=len(tokens),
+                            gemm=gemm_of(recipe))
     done = list((workers.map if workers else map)(one, [tokens[r] for r in rows], [targets[r] for r in rows]))
     gradients = {name: functools.reduce(np.add, [part.gradients[name] for part in done]) for name in done[0].gradients}
     counts = [sum(of_layer) for of_layer in zip(*[part.counts for part in done])]
@@ -96,11 +99,11 @@ class Piece(NamedTuple):
     values: list             # main loss, mean balance, the modules' losses
 
 
-def piece(tokens, targets, *, weights, step, config, speeds, totals, n_rows):
+def piece(tokens, targets, *, weights, step, config, speeds, totals, n_rows, gemm=matmul):
     """Forward and backward of some rows of the batch."""
     trained = trainable(weights)
     with Tape() as tape:
-        loss = losses(tokens, targets, trained, config)
+        loss = losses(tokens, targets, trained, config, gemm=gemm)
         routed = routers(loss, trained)
         balance = [sequence_balance(route.x, block.ffn.W_router, top_k=config.top_k, scoring=config.scoring) for route, block in routed]
     seeds = loss.seeds(speeds["mtp_weight"]) | (dict.fromkeys(balance, speeds["balance_weight"]) if speeds["balance_weight"] else {})
@@ -150,7 +153,7 @@ def held_out_nats(tokens, targets, weights, config, *, rows=32):
     """Cross entropies summed over all targets that count, in nats: of the main model, then of each module; and the main
     model's expert counts (E,) of each layer, over all rows. How many targets those sums have: see `counted`.
 
-    Changes nothing: selection biases stand still in evaluation.
+    Changes nothing: selection biases stand still in evaluation. In the precision of the weights, whatever they are trained in.
     """
     nats, counts = np.zeros(1 + config.n_mtp), []
     for start in range(0, len(tokens), rows):

@@ -11,7 +11,7 @@ from minideepseek.training.recipe import RECIPES, Recipe, RecipeError, recipe
 from minideepseek.training.schedule import balance_speed, learning_rate, mtp_weight
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(Recipe)}
-POSITIVE = {"steps", "batch", "length", "pieces", "corpus_bytes", "warmup", "log_every", "evaluate_every", "save_every", "evaluation_stories",
+POSITIVE = {"fp8_tile", "steps", "batch", "length", "pieces", "corpus_bytes", "warmup", "log_every", "evaluate_every", "save_every", "evaluation_stories",
             "init_std", "head_std", "peak", "clip"}
 NOT_NEGATIVE = {"seed", "decay", "floor", "weight_decay", "gamma", "gamma_off", "balance_weight", "n_mtp", "mtp_first", "mtp_then"}
 OF_A_KIND = {int: ("a whole number", [1.0, "5", None, True, math.nan]), float: ("a finite number", ["0.1", None, True, math.nan, math.inf, -math.inf, 1j]),
