@@ -1,30 +1,39 @@
 """Step 7: multi-token prediction. A small module reads the model's state and the next token, and predicts the one after it.
 
-    python examples/07_multi_token_prediction.py [--plot FILE.png]
+    python examples/07_multi_token_prediction.py [RUN] [--plot FILE.png]
 
 In training all of the text is known. The model predicts the next token at every place. The module is shown that next
 token, as if the prediction had come true, and looks one token further: more to learn from the same text. Take care
 which token it is scored on: scored on the one it was shown, it has only to copy, and its loss means nothing.
-Pages: whiteboard/model/mtp.md, whiteboard/model/transformer.md, whiteboard/basics/cross_entropy.md
+When the model writes, the module drafts the token after next, and the model judges two places in one forward: the same
+text in fewer forwards. RUN is a folder of `python -m minideepseek train`; without one, a small model is trained here.
+Pages: whiteboard/model/mtp.md, whiteboard/model/parallel_heads.md, whiteboard/model/speculative.md
 """
 import os
 import sys
 
 sys.path[0:1] = [os.path.abspath(__file__ + "/../..")]   # run as a script: take the package from this repository
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
 import dataclasses
 import math
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
 from minideepseek.autograd.params import gradients
 from minideepseek.autograd.tape import Tape
 from minideepseek.model.presets import preset
+from minideepseek.model.speculative import speculation_report
 from minideepseek.model.transformer import init, losses, next_token_targets, trainable
 from minideepseek.plots.canvas import BLUE, GREY, ORANGE
+from minideepseek.plots.speculation import accepted_and_rejected
 from minideepseek.tokenizer.bpe import train
+from minideepseek.training import pretrain
 from minideepseek.training.adamw import adamw_step, new_state
+from minideepseek.training.recipe import recipe
 from minideepseek.training.step import trained_arrays
 
 SENTENCE = "Sarah visits the bank to deposit money while Zarah visits the bank to sit by the water"
@@ -55,13 +64,36 @@ def dice_losses(config, *, leak):
     return curve
 
 
-def draw(path, words, honest, leaking):
-    """Which word is where, and the two losses on dice."""
+def small_run(steps):
+    """(config, weights, tokenizer) of a micro model that has seen a little of the town."""
+    with tempfile.TemporaryDirectory() as parent:
+        chosen = dataclasses.replace(recipe("micro").with_steps(steps), evaluate_every=steps, evaluation_stories=16)
+        run = pretrain.begin(Path(parent, "run"), chosen)
+        pretrain.train(run, say=lambda line: None)
+    return run.config, run.weights, run.data.tokenizer
+
+
+def tell(run, temperature=1.0, depth=0):
+    """A story, and its Rounds when there are drafts."""
+    config, weights, tokenizer = run
+    rounds = []
+    text = "".join(pretrain.story(weights, config, tokenizer, seed=3, temperature=temperature, max_new_tokens=80, depth=depth, watch=rounds.append))
+    return text, rounds
+
+
+def marked(one, spell):
+    """A Round in letters: [accepted], ~lost~, and the model's own token as it is."""
+    accepted, own = one.tokens[:one.n_accepted], one.tokens[one.n_accepted:]
+    return "".join([*[f"[{spell(token)}]" for token in accepted], *[f"~{spell(token)}~" for token in one.drafts[one.n_accepted:]], *map(spell, own)])
+
+
+def draw(path, words, honest, leaking, rounds, spell):
+    """Which word is where, the two losses on dice, and a text with its drafts."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (ax, curve) = pyplot.subplots(2, 1, figsize=(10, 7.5), height_ratios=(3, 4))
+    figure, (ax, curve, text) = pyplot.subplots(3, 1, figsize=(10, 12), height_ratios=(3, 4, 5))
     places = range(2, 9)
     for place in places:
         for row, word in enumerate(shown_and_asked(words, place)):
@@ -75,6 +107,7 @@ def draw(path, words, honest, leaking):
     curve.axhline(math.log(SIDES), color=GREY, linestyle="--", label=f"ln({SIDES}): on dice nobody does better in the long run")
     curve.set(ylim=(0, None), xlabel="training step", ylabel="loss of the module (nats per token)")
     curve.legend()
+    accepted_and_rejected(rounds, spell, ax=text)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -82,6 +115,8 @@ def draw(path, words, honest, leaking):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", metavar="RUN")
+    parser.add_argument("--steps", type=int, default=200, help="of training the small model, when no RUN is given")
     parser.add_argument("--plot", metavar="FILE.png", help="write the picture")
     options = parser.parse_args()
 
@@ -124,11 +159,20 @@ def main():
         print(f"   {name:6s} gradient: " + ", ".join(f"{who} {np.linalg.norm(grads[name]):.3f}" for who, grads in found.items())
               + f" (lengths; the module's loss has weight 0.3). Sum - both: {error:.0e}")
 
+    run = pretrain.load_run(options.folder) if options.folder else small_run(options.steps)
+    spell = lambda token: run[2].token_bytes(token).decode("utf-8", "replace")
+    drafted, rounds = tell(run, depth=1)
+    same = tell(run, temperature=0.0, depth=1)[0] == tell(run, temperature=0.0)[0]
+    print("\n5. Writing with it. The module drafts the token after next, the model judges it: [accepted], ~lost~, and the model's own tokens plain.")
+    print("   " + "".join(marked(one, spell) for one in rounds).replace("\n", "\n   "))
+    print(f"   {speculation_report(rounds)}")
+    print(f"   Greedy, with drafts and without: the same text, token for token: {same}")
+
     if options.plot:
-        draw(options.plot, words, honest, leaking)
+        draw(options.plot, words, honest, leaking, rounds, spell)
     print("\nTo think about: the gradients add up, but their lengths do not. Why?")
-    print("When the model writes, nobody shows the module the next token. What could it still be good for? (next: 08_the_block_and_the_model.py)")
-    right = first == [MONEY, MONEY - 1] and abs(np.mean(honest[-20:]) - math.log(SIDES)) < 0.1 and leaking[-1] < 0.05 and max(errors.values()) < 1e-12
+    print("Where in a sentence are drafts lost, and where never? Could any training change that? (next: 08_the_block_and_the_model.py)")
+    right = same and first == [MONEY, MONEY - 1] and abs(np.mean(honest[-20:]) - math.log(SIDES)) < 0.1 and leaking[-1] < 0.05 and max(errors.values()) < 1e-12
     print(f"\nclaim     on dice the honest loss stays at ln({SIDES}) = {math.log(SIDES):.2f} ({np.mean(honest[-20:]):.2f}), the leaking one falls to "
           f"{leaking[-1]:.3f}; the shared gradients add: {max(errors.values()):.0e}: {right}")
     return int(not right)

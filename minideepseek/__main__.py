@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import shutil
 import sys
+import time
 from pathlib import Path
 
 from minideepseek.classroom.blank import ExerciseError, blank
@@ -15,6 +16,7 @@ from minideepseek.classroom.check import check_all, check_file
 from minideepseek.interop import huggingface, parity
 from minideepseek.interop.safetensors import CheckpointError
 from minideepseek.model.config import ATTENTION
+from minideepseek.model.speculative import speculation_report
 from minideepseek.tokenizer.bpe import TokenizerError
 from minideepseek.training import pretrain
 from minideepseek.training.data import DataError
@@ -75,6 +77,8 @@ def _parser():
     one.add_argument("--top-p", type=float)
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--max-new-tokens", type=int, default=300)
+    one.add_argument("--speculative", type=_positive, nargs="?", const=1, default=0, metavar="DEPTH",
+                     help="the prediction modules draft DEPTH tokens at a time (default: 1), and the model judges them in one forward")
 
     one = command("export", _export, "write a run in the public checkpoint layout")
     one.add_argument("folder", metavar="RUN")
@@ -132,9 +136,11 @@ def _next_folder(name):
 
 def _generate(options):
     config, weights, tokenizer = pretrain.load_run(options.folder)
+    rounds, began = [], time.perf_counter()
     try:
         pieces = pretrain.story(weights, config, tokenizer, prompt=options.prompt, temperature=options.temperature, top_k=options.top_k,
-                                top_p=options.top_p, seed=options.seed, max_new_tokens=options.max_new_tokens)
+                                top_p=options.top_p, seed=options.seed, max_new_tokens=options.max_new_tokens,
+                                depth=options.speculative, watch=rounds.append)
         print(options.prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
@@ -142,6 +148,8 @@ def _generate(options):
         print(f"error: {error}", file=sys.stderr)
         return 2
     print()
+    if rounds:
+        print(f"\n{speculation_report(rounds)}, {sum(len(one.tokens) for one in rounds) / (time.perf_counter() - began):.0f} tokens/s")
     return 0
 
 

@@ -61,6 +61,16 @@ def expected_tokens(rate, n):
     return sum(rate ** i for i in range(n + 1))                         # also at rate 1   # eq. 5
 
 
+def speculation_report(rounds):
+    """What a list of Rounds came to, in words: '120 tokens in 71 forwards, 1.69 each; 49 of 70 drafts accepted (70%)'.
+
+    A draft behind a rejected one counts as not accepted. Without drafts there is no share.
+    """
+    n_tokens, n_drafts, n_accepted = (sum(counts) for counts in zip(*[(len(one.tokens), len(one.drafts), one.n_accepted) for one in rounds]))
+    share = f" ({n_accepted / n_drafts:.0%})" if n_drafts else ""
+    return f"{n_tokens} tokens in {len(rounds)} forwards, {n_tokens / len(rounds):.2f} each; {n_accepted} of {n_drafts} drafts accepted{share}"
+
+
 def speculate(prompt, weights, config, *, max_new_tokens, depth=1, temperature=0.0, top_k=None, top_p=None, stop=(), seed=0, chunk=256):
     """An iterator over Rounds, one for each forward of the main model; their tokens in a row are the text.
 

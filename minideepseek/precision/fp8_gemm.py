@@ -7,10 +7,11 @@ if not __package__:  # run as a script: take the package from this repository, a
 
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 
 from minideepseek.precision.accumulate import narrow_matmul
-from minideepseek.precision.formats import BF16, E4M3, E5M2, round_to
+from minideepseek.precision.formats import E4M3, E5M2
 from minideepseek.precision.tiles import fake_quantise, quantise, relative_error
 
 
@@ -74,8 +75,8 @@ def fp8_gemm_faithful(A, B, *, role, tile=128, fmt=E4M3, gradient_fmt=E4M3, powe
 def bf16_gemm(A, B, *, role):
     """A @ B after rounding both to BF16, summed in the dtype of A and B: nothing to scale, whatever the role. See fp8_gemm."""
     dtype = np.result_type(A, B)
-    A_hat, B_hat = [round_to(np.asarray(x, np.float32), BF16, overflow="nan") for x in (A, B)]          # eq. 7
-    return A_hat.astype(dtype, copy=False) @ B_hat.astype(dtype, copy=False)
+    A_hat, B_hat = [np.asarray(x, np.float32).astype(ml_dtypes.bfloat16) for x in (A, B)]               # eq. 7
+    return A_hat.astype(dtype) @ B_hat.astype(dtype)
 
 
 def layer_errors(gemm, shape=(128, 256, 192), seed=0):

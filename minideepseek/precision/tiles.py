@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from minideepseek.precision import formats
-from minideepseek.precision.formats import round_to, seconds
+from minideepseek.precision.formats import round_to, round_within, seconds
 
 E4M3 = ml_dtypes.float8_e4m3fn
 E4M3_MAX = 448.0         # the largest value
@@ -24,7 +24,7 @@ def scales(x, block, fmt=formats.E4M3, *, power_of_two=False):
     -> scale: (tiles down, tiles across) float32; power_of_two: each rounded up to a power of two (UE8M0)
     Raises ValueError for what is not a matrix, holds nan or inf, for an empty tile, for a format with float32's range.
     """
-    return _scales(_cut(x, block, fmt), fmt, power_of_two)
+    return _scales(*_cut(x, block, fmt), fmt, power_of_two)
 
 
 def quantise(x, block, fmt=formats.E4M3, *, power_of_two=False):
@@ -32,25 +32,34 @@ def quantise(x, block, fmt=formats.E4M3, *, power_of_two=False):
 
     x: (m, n) float -> q: (m, n) float32   scale: (tiles down, tiles across) float32, to be multiplied
     """
-    tiles = _cut(x, block, fmt)
-    scale = _scales(tiles, fmt, power_of_two)
-    q = round_to(tiles / scale[:, None, :, None], fmt, overflow="saturate")                         # eq. 2
-    return _join(q, np.shape(x)).astype(np.float32, copy=False), scale
+    filled, sizes = _cut(x, block, fmt)
+    scale = _scales(filled, sizes, fmt, power_of_two)
+    q = round_to(_bands(filled, sizes) / _spread(scale, sizes), fmt, overflow="saturate")          # eq. 2
+    return _whole(q, np.shape(x)).astype(np.float32, copy=False), scale
 
 
 def fake_quantise(x, block, fmt=formats.E4M3, *, power_of_two=False):
-    """What is left of x after quantise and back: float32 (m, n). Fast: float arithmetic, no cast to eight bits. See scales."""
-    tiles = _cut(x, block, fmt)
-    scale = _scales(tiles, fmt, power_of_two)[:, None, :, None]
-    q = round_to(tiles / scale, fmt, overflow="saturate").astype(np.float32, copy=False)
-    x_hat = np.multiply(q, scale, out=q)                                                            # eq. 3
-    return _join(x_hat, np.shape(x))
+    """What is left of x after quantise and back: float32 (m, n). Fast: float arithmetic, no cast to eight bits. See scales.
+
+    Nothing has to be clamped: the largest entry of a tile over its scale is fmt.max, or one bit of float32 more, which rounds back.
+    """
+    filled, sizes = _cut(x, block, fmt)
+    spread = _spread(_scales(filled, sizes, fmt, power_of_two), sizes)
+    q = round_within(_bands(filled, sizes) / spread, fmt).astype(np.float32, copy=False)
+    x_hat = np.multiply(q, spread, out=q)                                                           # eq. 3
+    return _whole(x_hat, np.shape(x))
 
 
-def _scales(tiles, fmt, power_of_two):
-    """The scales of a matrix that was cut."""
+def _scales(filled, sizes, fmt, power_of_two):
+    """The scales of a matrix that was cut. Whole rows first: the maximum of two long rows is fast."""
+    down, rows, across, columns = sizes
     with np.errstate(over="ignore"):                                    # what float32 cannot hold is refused below
-        amax = np.abs(tiles).max(axis=(1, 3)).astype(np.float32)
+        amax = np.abs(filled).astype(np.float32, copy=False)
+    if rows > 1:
+        amax = np.maximum.reduce(amax.reshape(down, rows, across * columns), axis=1)
+    if columns > 1:
+        runs = amax.reshape(-1, columns)                                # of short ones, the transpose is faster
+        amax = (runs.max(axis=1) if columns > 32 else runs.T.copy().max(axis=0)).reshape(down, across)
     if not (amax <= np.finfo(np.float32).max).all():                    # written this way round: nan must fail
         raise ValueError("x must be a matrix of numbers that float32 can hold: it has nan, inf, or more")
     scale = np.maximum(amax, np.float32(SMALLEST_AMAX)) / np.float32(fmt.max)                       # eq. 1
@@ -61,24 +70,35 @@ def _scales(tiles, fmt, power_of_two):
 
 
 def _cut(x, block, fmt):
-    """A matrix in tiles: (m, n) -> (down, rows, across, columns). Zeros fill up ragged edges, and change no maximum."""
+    """A matrix filled up to whole tiles, and (down, rows, across, columns) of them. Zeros at ragged edges change no maximum."""
     x = np.asarray(x)
     if x.ndim != 2 or not x.size or not all(size is None or size >= 1 for size in block):
         raise ValueError(f"x {x.shape} must be a matrix of numbers that float32 can hold, in tiles of at least (1, 1), not {tuple(block)}")
     if fmt.exponent_bits == 8:
         raise ValueError(f"{fmt.name} has the range of float32, there is nothing to scale")
     x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
-    rows, columns = [n if size is None else min(size, n) for n, size in zip(x.shape, block)]
-    down, across = -(-x.shape[0] // rows), -(-x.shape[1] // columns)
-    missing = down * rows - x.shape[0], across * columns - x.shape[1]
-    filled = np.pad(x, ((0, missing[0]), (0, missing[1]))) if any(missing) else x
-    return filled.reshape(down, rows, across, columns)
+    m, n = x.shape
+    rows, columns = [whole if size is None else min(size, whole) for whole, size in zip(x.shape, block)]
+    down, across = -(-m // rows), -(-n // columns)
+    if (m, n) != (down * rows, across * columns):
+        x, edged = np.zeros((down * rows, across * columns), x.dtype), x
+        x[:m, :n] = edged
+    return np.ascontiguousarray(x), (down, rows, across, columns)
 
 
-def _join(tiles, shape):
-    """The matrix of that shape that was cut."""
-    down, rows, across, columns = tiles.shape
-    return tiles.reshape(down * rows, across * columns)[:shape[0], :shape[1]]
+def _bands(filled, sizes):
+    """The rows of one row of tiles together: (down, rows, n)."""
+    return filled.reshape(sizes[0], sizes[1], -1)
+
+
+def _spread(scale, sizes):
+    """The scale of every column in every band: (down, 1, n)."""
+    return scale.repeat(sizes[3], axis=1)[:, None, :]
+
+
+def _whole(bands, shape):
+    """The matrix of that shape that was cut into bands."""
+    return bands.reshape(-1, bands.shape[-1])[:shape[0], :shape[1]]
 
 
 def quantise_blocks(x, block=(128, 128)):

@@ -26,6 +26,7 @@ from minideepseek.autograd import params
 from minideepseek.interop.safetensors import replacing
 from minideepseek.model.config import Config
 from minideepseek.model.generate import generate
+from minideepseek.model.speculative import speculate
 from minideepseek.model.transformer import model_outline
 from minideepseek.plots.curves import plot_run
 from minideepseek.tokenizer.bpe import Tokenizer
@@ -212,18 +213,32 @@ def saved_weights(checkpoint, config):
     return params.unflatten(flat, model_outline(config))
 
 
-def story(weights, config, tokenizer, *, prompt="", seed=0, temperature=1.0, max_new_tokens=SAMPLE_TOKENS, **options):
-    """An iterator over the text that a model tells, piece by piece, until it would begin another story."""
+def story(weights, config, tokenizer, *, prompt="", seed=0, temperature=1.0, max_new_tokens=SAMPLE_TOKENS, depth=0, watch=None, **options):
+    """An iterator over the text that a model tells, piece by piece, until it would begin another story.
+
+    depth: how many tokens its prediction modules draft at a time, see model/speculative; 0: none, one token after another
+    watch: called with each Round of drafts   options: of `generate`, or of `speculate`
+    """
     first = tokenizer.special[BEGIN]
     ids = np.append(first, tokenizer.encode(prompt))
+    options = options | {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": [first]}
+    tokens = _drafted(speculate(ids, weights, config, depth=depth, **options), watch) if depth else generate(ids, weights, config, **options)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")         # a character may be spread over tokens
-    for token in generate(ids, weights, config, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=[first], **options):
+    for token in tokens:
         if token == first:
             break
         if piece := decoder.decode(tokenizer.token_bytes(token)):
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+def _drafted(rounds, watch):
+    """The tokens of all rounds, one after another."""
+    for one in rounds:
+        if watch:
+            watch(one)
+        yield from one.tokens
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from minideepseek.model.block import position_tables
 from minideepseek.model.config import Config
 from minideepseek.model.generate import distribution, draw, generate
 from minideepseek.model.mtp import mtp_module
-from minideepseek.model.speculative import acceptance, expected_tokens, residual, speculate, verify
+from minideepseek.model.speculative import Round, acceptance, expected_tokens, residual, speculate, speculation_report, verify
 from minideepseek.model.transformer import init, predict_further, trainable, transformer
 
 CONFIG = Config(vocab_size=30, d_model=16, n_layers=2, n_dense_layers=1, d_ff=12, max_positions=24, n_heads=2, q_rank=6, kv_rank=5, d_nope=4, d_rope=2,
@@ -378,3 +378,9 @@ def test_models_that_cannot_draft_are_refused():
     config = dataclasses.replace(config, attention="mha")
     with pytest.raises(ValueError, match="attention = 'mha': rejected drafts are cut from latent caches"):
         speculate(PROMPT, init(config, np.random.default_rng(0)), config, max_new_tokens=4)
+
+
+def test_a_report_counts_tokens_forwards_and_drafts():
+    rounds = [Round([5], [], 0), Round([1, 2], [1, 7], 1), Round([3], [4, 4], 0), Round([8, 9, 2], [8, 9], 2)]
+    assert speculation_report(rounds) == "7 tokens in 4 forwards, 1.75 each; 3 of 6 drafts accepted (50%)"
+    assert speculation_report(rounds[:1]) == "1 tokens in 1 forwards, 1.00 each; 0 of 0 drafts accepted"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minideepseek.precision.formats import (BF16, E2M1, E2M3, E3M2, E4M3, E5M2, E5M6, E8M0, FORMATS, decode, encode, exmy, ml_dtype, round_to,
-                                            spacing)
+                                            round_within, spacing)
 from tests.house import read
 
 NAMED = [fmt for fmt in FORMATS if ml_dtype(fmt)] + [exmy(4, 3), exmy(3, 4), exmy(5, 10)]
@@ -274,3 +274,16 @@ def test_the_table_of_the_page_is_computed():
 def test_what_cannot_be_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.signed and fmt.exponent_bits < 8], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_round_within_is_round_to_where_nothing_is_lost(fmt, dtype):
+    """Every float16, every midpoint and its neighbours, as far as the format reaches."""
+    numbers = decode(np.arange(fmt.last + 1), fmt)
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    x = np.concatenate([np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float64), numbers, middles])
+    x = x[np.abs(x) <= fmt.max].astype(dtype)                       # nan fails too
+    x = np.concatenate([x, np.nextafter(x, dtype(0)), -np.nextafter(x, dtype(0)), np.nextafter(x, dtype(1))])
+    rounded = round_within(x, fmt)
+    assert rounded.dtype == dtype and np.array_equal(rounded, round_to(x, fmt, overflow="error")) and x.size > 1000
