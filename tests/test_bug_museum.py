@@ -8,6 +8,7 @@ import pytest
 
 from tests.house import plant
 
+DRAFTS = "tests/model/test_speculative.py"                # whose own tests take long: those that notice are named
 BUGS = {
     "1 the module is scored on the token it was shown": (
         "minideepseek/model/transformer.py", "cross_entropy(p.logits, targets[:, k + 1:], ignore_index", "cross_entropy(p.logits, targets[:, k:-1], ignore_index"),
@@ -18,12 +19,34 @@ BUGS = {
     "4 [hidden; embedding]": (
         "minideepseek/model/mtp.py", "both = np.concatenate([n_e, n_h] if embedding_first else [n_h, n_e], axis=-1)",
         "both = np.concatenate([n_h, n_e] if embedding_first else [n_e, n_h], axis=-1)"),
+    "5 drafts kept above a threshold": (
+        "minideepseek/model/speculative.py", "if not rng.random() * q[i, x] < p[i, x]:", "if p[i, x] < 0.3:"),
+    "5 drafts never verified": (
+        "minideepseek/model/speculative.py", "if not rng.random() * q[i, x] < p[i, x]:", "if False:"),
+    "5 a lost draft replaced from p, not from what p has more": (
+        "minideepseek/model/speculative.py", "draw(residual(p[i], q[i]), rng)", "draw(p[i], rng)", f"{DRAFTS}::test_every_place_is_distributed_as_the_target_says"),
+    "6 p read one place late": (
+        "minideepseek/model/speculative.py", "n_accepted, token = verify(drafts, q, p, rng)", "n_accepted, token = verify(drafts, q, p[[*range(1, n + 1), n]], rng)", f"{DRAFTS}::test_what_is_compared"),
+    "6 the model's cache keeps rejected drafts": (
+        "minideepseek/model/speculative.py", "            cache.truncate(P) ", "            pass "),
+    "6 a module's cache keeps what rests on drafts": (
+        "minideepseek/model/speculative.py", "truncate(max(P - k, 0))", "truncate(P)", f"{DRAFTS}::test_what_is_compared"),
+    "26 whole numbers up to 448 for FP8": (
+        "minideepseek/precision/formats.py", "quantum = spacing(clamped, fmt)", "quantum = np.ones_like(clamped)"),
+    "27 cast without clamping": (
+        "minideepseek/precision/formats.py", "clamped = np.clip(x, first, last, out=np.empty_like(x))", "clamped = x.copy()"),
+    "28 the mean of the scales": (
+        "minideepseek/precision/fp8_gemm.py", "scale_A[:, b, None] * scale_B[b]", "scale_A.mean(axis=1)[:, None] * scale_B[b]"),
+    "28 scales after the full sum": (
+        "minideepseek/precision/fp8_gemm.py", "y = y + chunk * scale ", "y = (total := chunk + (total if b else 0)) * scale "),
+    "29 E5M2 for gradients": (
+        "minideepseek/precision/fp8_gemm.py", "def fp8_gemm(A, B, *, role, tile=128, fmt=E4M3, gradient_fmt=E4M3,", "def fp8_gemm(A, B, *, role, tile=128, fmt=E4M3, gradient_fmt=E5M2,"),
     "10 absorption that mixes heads": (
         "minideepseek/attention/mla_absorb.py", "W_UK.reshape(C, H, -1).transpose(1, 2, 0)", "W_UK.reshape(C, -1, H).transpose(2, 1, 0)"),
     "12 the cache keeps keys and values too": (
         "minideepseek/attention/kv_cache.py", "        return kv_rank + d_rope ", "        return kv_rank + d_rope + n_heads * (d_key + d_value) "),
     "14 every new token at position 0": (
-        "minideepseek/model/decode.py", "np.arange(start, start + T)", "np.arange(T)"),
+        "minideepseek/model/decode.py", "np.arange(start, start + T), weights.E.dtype)        # position", "np.arange(T), weights.E.dtype)  # position"),
     "30 the scale divided": (
         "minideepseek/precision/tiles.py", "(q.astype(np.float32) * spread_blocks(", "(q.astype(np.float32) / spread_blocks("),
     "7 scores scaled by the latent's size": (
