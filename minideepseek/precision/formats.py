@@ -5,6 +5,7 @@ Derivation: whiteboard/precision/formats.md     Source: Micikevicius et al. 2022
 if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
+import functools
 import math
 import time
 from typing import NamedTuple
@@ -35,6 +36,7 @@ class Format(NamedTuple):
         return 2 ** self.bits
 
     @property
+    @functools.cache
     def last(self):
         """The code of the largest number: before inf, before nan, or the very last of the positive ones."""
         n, infinity = 2 ** (self.exponent_bits + self.mantissa_bits), 2 ** self.mantissa_bits
@@ -46,15 +48,18 @@ class Format(NamedTuple):
         return (self.last + 1) * (1 + self.signed)
 
     @property
+    @functools.cache
     def max(self):
         field, f = divmod(self.last, 2 ** self.mantissa_bits)
         return math.ldexp(2 ** self.mantissa_bits + f, field - self.bias - self.mantissa_bits)
 
     @property
+    @functools.cache
     def smallest_normal(self):
         return math.ldexp(1, self.signed - self.bias)                   # E8M0 has no zero: there even e = 0 is normal
 
     @property
+    @functools.cache
     def smallest(self):
         """The smallest number above zero, a subnormal: also the distance between neighbours down there."""
         return math.ldexp(self.smallest_normal, -self.mantissa_bits if self.signed else 0)
@@ -154,7 +159,7 @@ def round_within(x, fmt):
     processor rounds it to nearest, ties to even, and taking c away again is exact.
     """
     c = spacing(x, fmt)
-    c *= x.dtype.type(1.5 * 2.0 ** np.finfo(x.dtype).nmant)
+    c *= x.dtype.type(1.5 * 2.0 ** (23 if x.dtype == np.float32 else 52))
     rounded = x + c                                                                                     # eq. 7
     rounded -= c
     return rounded

@@ -14,6 +14,7 @@ from minideepseek.precision.formats import round_to, round_within, seconds
 E4M3 = ml_dtypes.float8_e4m3fn
 E4M3_MAX = 448.0         # the largest value
 SMALLEST_AMAX = 1e-4     # what a tile counts as at least, zeros among them: the released code's floor for activations
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 SIZES = {"tensor": (None, None), "row": (1, None), "tile": (1, 128), "block": (128, 128)}      # rows, columns; None: all of them
 
 
@@ -53,15 +54,15 @@ def fake_quantise(x, block, fmt=formats.E4M3, *, power_of_two=False):
 def _scales(filled, sizes, fmt, power_of_two):
     """The scales of a matrix that was cut. Whole rows first: the maximum of two long rows is fast."""
     down, rows, across, columns = sizes
-    with np.errstate(over="ignore"):                                    # what float32 cannot hold is refused below
-        amax = np.abs(filled).astype(np.float32, copy=False)
+    amax = np.abs(filled)
     if rows > 1:
-        amax = np.maximum.reduce(amax.reshape(down, rows, across * columns), axis=1)
+        amax = amax.reshape(down, rows, across * columns).max(axis=1)
     if columns > 1:
         runs = amax.reshape(-1, columns)                                # of short ones, the transpose is faster
-        amax = (runs.max(axis=1) if columns > 32 else runs.T.copy().max(axis=0)).reshape(down, across)
-    if not (amax <= np.finfo(np.float32).max).all():                    # written this way round: nan must fail
+        amax = runs.max(axis=1) if columns > 32 else runs.T.copy().max(axis=0)
+    if not (amax <= FLOAT32_MAX).all():                                 # written this way round: nan must fail
         raise ValueError("x must be a matrix of numbers that float32 can hold: it has nan, inf, or more")
+    amax = amax.reshape(down, across).astype(np.float32, copy=False)
     scale = np.maximum(amax, np.float32(SMALLEST_AMAX)) / np.float32(fmt.max)                       # eq. 1
     if power_of_two:
         fraction, exponent = np.frexp(scale)                            # scale = fraction * 2^exponent, 1/2 <= fraction < 1
