@@ -1,4 +1,4 @@
-"""The command line: python -m minideepseek train | generate | export | parity | check | blank."""
+"""The command line: python -m minideepseek train | generate | export | parity | check | trace | blank."""
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy comes: the pieces of a batch run side by side instead
@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from minideepseek.autograd.stop import UnknownName
 from minideepseek.classroom.blank import ExerciseError, blank
 from minideepseek.classroom.check import check_all, check_file
+from minideepseek.debug.equations import trace
 from minideepseek.interop import huggingface, parity
 from minideepseek.interop.safetensors import CheckpointError
 from minideepseek.model.config import ATTENTION
@@ -30,7 +32,7 @@ minideepseek: DeepSeek-V3 in plain NumPy, every backward pass by hand. Three com
   python -m minideepseek generate RUN     what it tells now; RUN is the folder that train named
   python -m minideepseek check            the gradient table: every component against finite differences
 """
-WRONG_INPUT = (ExerciseError, CheckpointError, TokenizerError, DataError, RecipeError, pretrain.RunError, OSError)
+WRONG_INPUT = (UnknownName, ExerciseError, CheckpointError, TokenizerError, DataError, RecipeError, pretrain.RunError, OSError)
 
 
 def main(argv=None):
@@ -92,6 +94,10 @@ def _parser():
     one = command("check", lambda o: check_file(o.file) if o.file else check_all(range(o.seeds)), "check a component or an exercise; without a file, all components")
     one.add_argument("file", nargs="?")
     one.add_argument("--seeds", type=int, default=3, help="how many random draws of every case, for the table of all components")
+
+    one = command("trace", lambda o: trace(o.name, markdown=o.markdown), "every equation of a component, in numbers")
+    one.add_argument("name", help="attention.mla, or mla")
+    one.add_argument("--markdown", action="store_true", help="as a table for a whiteboard page")
 
     one = command("blank", _blank, "write a copy of a component with a function left to you")
     one.add_argument("file", help="rmsnorm, basics/rmsnorm or a path")

@@ -13,6 +13,9 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 from minideepseek.autograd.shapes import ShapeLine, describe
+from minideepseek.autograd.stop import stop_if_wanted
+
+watch = None             # called with every record that ran, and again with its gradients: debug/nan_hunt.py sets it
 
 
 class Tensor:
@@ -40,6 +43,8 @@ class Record(NamedTuple):
     outputs: tuple       # Tensors
     file: str            # where the op was called
     line: int
+    op: object           # with config: all it takes to run it again
+    config: dict
 
     @property
     def where(self):
@@ -69,6 +74,7 @@ class op:
         self.name = forward.__name__.removesuffix("_forward")
         self.shapes = ShapeLine(forward)
         self.__doc__ = forward.__doc__
+        stop_if_wanted(self.name, forward, backward)
 
     def __repr__(self):
         return f"op {self.name}: {self.shapes.text}"
@@ -89,10 +95,13 @@ class op:
 
         several = isinstance(output, tuple)
         outputs = tuple([Tensor(y, self.name) for y in (output if several else (output,))])
-        if _recording.tape is not None:
+        if _recording.tape is not None or watch is not None:
             caller = sys._getframe(1)
-            _recording.tape.records.append(Record(self.name, self.backward, cache, args, outputs,
-                                                  caller.f_code.co_filename, caller.f_lineno))
+            record = Record(self.name, self.backward, cache, args, outputs, caller.f_code.co_filename, caller.f_lineno, self, config)
+            if _recording.tape is not None:
+                _recording.tape.records.append(record)
+            if watch is not None:
+                watch(record)
         return outputs if several else outputs[0]
 
 
@@ -206,6 +215,8 @@ def _run_backward(record, dys):
         elif not isinstance(dx, np.ndarray) or dx.shape != x.shape or dx.dtype != x.dtype:
             raise ValueError(f"{record.name}: the gradient of argument {position} is {describe([dx])}, "
                              f"the argument is {describe([x])}")
+    if watch is not None:
+        watch(record, dy, dxs)
     return dxs
 
 
