@@ -3,7 +3,7 @@
     python examples/fp8_tuning.py [RUN] [--out examples/fp8_tuning.csv] [--plot FILE.png]
 
 RUN is the folder of a run of `python -m minideepseek train` (its tables go there too); without one a `micro` model is
-trained first. One and a half minutes on a core, in two parts; rows that are in a CSV are not measured again.
+trained first. A minute on 2 cores, in two parts; rows that are in a CSV are not measured again.
 
 (a) The operands: weights, inputs and gradients as they pass the gemm door, with a scale for the whole matrix, for each
 tile of 128 (V3's, here mostly a whole row) and of 16 (V3's scaled down). Columns, medians over all products: relative error

@@ -1,4 +1,4 @@
-"""Pictures of small number formats: where their numbers lie, what rounding costs, how far an outlier's harm reaches.
+"""Pictures of small number formats: where their numbers lie, what rounding costs, how far an outlier's harm reaches, which split is best.
 
 Derivation: whiteboard/plots/formats.md
 """
@@ -79,6 +79,28 @@ def error_by_outlier(sizes, errors, *, title="what one outlier does to all other
     return save(ax, path)
 
 
+def error_by_split(formats, errors, *, beside=None, limits=None, title="one bit from the mantissa to the exponent", ax=None, path=None):
+    """The relative error of the formats that share the same bits, few exponent bits first: a line for each kind of data.
+
+    formats: n names   errors: {name: (n,)}, positive   beside: {name: (n,)}, what was expected of these data: grey dots
+    limits: (lowest, highest) error of the axis, so that panels can share it; by default what the lines need
+    """
+    lines = {name: vector("errors", values) for name, values in errors.items()}
+    grey = {name: vector("beside", values) for name, values in (beside or {}).items()}
+    for name, values in [*lines.items(), *grey.items()]:
+        if len(values) != len(formats) or not ((values > 0) & np.isfinite(values)).all():        # written this way round: nan must fail
+            raise ValueError(f"errors of {name!r} must be one above 0 for each of {list(formats)}, got {values.tolist()}")
+    ax = new_axes()[0] if ax is None else ax
+    for n, (name, values) in enumerate(lines.items()):
+        ax.plot(values, **style(n), linewidth=1.6, marker="o", markersize=3, label=name)
+    for n, values in enumerate(grey.values()):
+        ax.plot(values, color=GREY, linestyle="none", marker="x", markersize=5, zorder=0, label=None if n else "expected")
+    ax.set_xticks(range(len(formats)), list(formats))
+    ax.set(yscale="log", ylim=limits, xlabel="format: more mantissa on the left, more range on the right", ylabel="relative error", title=title)
+    ax.legend(fontsize=8)
+    return save(ax, path)
+
+
 def demo():
     """All the pictures of made-up arrays on one sheet. --plot FILE.png keeps it."""
     rng = np.random.default_rng(0)
@@ -90,11 +112,13 @@ def demo():
     draws = [lambda ax: number_lines(lines, smallest_normal=normal, ax=ax),
              lambda ax: number_lines(lines, smallest_normal=normal, within=(-7, 7), ax=ax),
              lambda ax: error_histograms({"tensor": rng.random(4000) ** 2, "tile": rng.random(4000) / 16}, ax=ax),
-             lambda ax: error_by_outlier(sizes, {"tensor": np.minimum(0.03 + 1e-4 * sizes, 1), "tile": np.full(6, 0.03)}, ax=ax)]
+             lambda ax: error_by_outlier(sizes, {"tensor": np.minimum(0.03 + 1e-4 * sizes, 1), "tile": np.full(6, 0.03)}, ax=ax),
+             lambda ax: error_by_split(["E2M5", "E3M4", "E4M3"], {"tensor": [0.2, 0.02, 0.03], "tile": [0.006, 0.012, 0.025]},
+                                       beside={"tensor": [0.22, 0.02, 0.025]}, ax=ax)]
     width, height, size = try_out(lambda path: panels(path, *draws))
     print(f"shapes    numbers (16,) and (64,), errors (4000,), sizes (6,) -> {len(draws)} panels, {width} x {height} pixels")
     print(f"claim     it is a picture, and not an empty one: {size:,} bytes of PNG")
-    assert (width, height) == (1408, 968) and size > 30_000
+    assert (width, height) == (1408, 1452) and size > 30_000
 
 
 if __name__ == "__main__":

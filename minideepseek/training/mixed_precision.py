@@ -56,7 +56,7 @@ def observe(weights, tokens, targets, config, gemm):
 
     def spy(A, B, *, role):
         owner = B
-        while owner.base is not None and id(owner) not in names:       # an expert's slice, a transpose: whose memory is it?
+        while isinstance(owner.base, np.ndarray) and id(owner) not in names:       # an expert's slice, a transpose: whose memory is it?
             owner = owner.base
         seen.append(Product(role, names.get(id(owner)), (*A.shape, B.shape[1])))
         return gemm(A, B, role=role)
@@ -78,15 +78,16 @@ def formats_of(recipe, weights, state, gradients, products):
     dtypes = lambda arrays: ", ".join(sorted({str(array.dtype) for array in arrays}))
     stay = dtypes(flat.values())
     rows = [("master weights", stay, ""), ("gradients of weights", dtypes(gradients.values()), ""), ("moments m, v", dtypes([*state.m.values(), *state.v.values()]), "")]
-    if recipe.precision == "bf16":
-        rows += [("both operands of every product", "BF16", "")]
+    if recipe.precision != "fp8":
+        rows += [("both operands of every product", "BF16" if recipe.precision == "bf16" else stay, "")]
     if recipe.precision == "fp8":
         for role, (a, b) in (("forward", ("input x", "weight W")), ("dx", ("gradient dy", "weight W")), ("dW", ("input x, transposed", "gradient dy"))):
             n = sum(product.role == role for product in products)
             for what, (block, fmt) in zip((a, b), tiling(role, **_fp8_options(recipe), fmt=E4M3)):
                 rows.append((f"{role}: {what}", fmt.name, f"{_size(block)}, {n} products"))
     rows += [(f"in such products: {kinds(name for name in flat if name in inside)}", "as above", ""),
-             (f"in none: {kinds(name for name in flat if name not in inside)}", stay, "")]
+             (f"in none: {kinds(name for name in flat if name not in inside)}", stay, ""),
+             ("results of products, core of attention, gates, norms, stream, loss", stay, "")]
     return rows
 
 
@@ -120,6 +121,10 @@ def demo():
     adamw_step(flat, found["fp8"][1], state, lr=1e-3)
     for row in formats_of(recipe, weights, state, found["fp8"][1], products):
         print("          {:66s} {:12s} {}".format(*row))
+    print(f"shapes    tokens {ids[:, :-1].shape} -> {len(products)} products, {sum(product.role == 'forward' for product in products)} of each role")
+    first = next(product for product in products if product.role == "forward")
+    print(f"by hand   the first: x ({first.shape[0]}, {first.shape[1]}) times {first.weight} ({first.shape[1]}, {first.shape[2]}): "
+          f"{first.shape[0] * first.shape[1] // 16} scales for x, {first.shape[1] * first.shape[2] // 256} for the weight")
     print("claim     against float32, loss and gradient of one step: " + ", ".join(
         f"{precision} {abs(found[precision][0] / found['fp32'][0] - 1):.1e}, {away[precision]:.3f}" for precision in ("bf16", "fp8")))
     assert 2 * away["bf16"] < away["fp8"] < 0.4 and abs(found["fp8"][0] / found["fp32"][0] - 1) < 0.01

@@ -16,6 +16,7 @@ DRAW = {
     "number_lines": lambda **where: plots.number_lines(NUMBERS, smallest_normal={"small $x": 1}, **where),
     "error_histograms": lambda **where: plots.error_histograms(ERRORS, **where),
     "error_by_outlier": lambda **where: plots.error_by_outlier([1, 10, 100], {"tensor": [0.03, 0.1, 1], "tile": [0.03, 0.03, 0.05]}, **where),
+    "error_by_split": lambda **where: plots.error_by_split(["E2M5", "E3M4"], {"x": [0.01, 0.02], "dy": [0.5, 0.03]}, beside={"dy": [0.6, 0.03]}, **where),
 }
 
 
@@ -57,7 +58,17 @@ def test_the_lines_are_the_numbers():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["tensor", "tile"]
 
 
+def test_a_line_for_each_kind_of_data_over_the_formats():
+    ax = plots.error_by_split(["E2M5", "E3M4"], {"x": [0.01, 0.02], "dy": [0.5, 0.03]}, beside={"dy": [0.6, 0.03], "x": [0.01, 0.02]}, limits=(1e-3, 1))
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[0.01, 0.02], [0.5, 0.03], [0.6, 0.03], [0.01, 0.02]] and ax.get_ylim() == (1e-3, 1)
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["E2M5", "E3M4"] and ax.get_yscale() == "log"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["x", "dy", "expected"]
+
+
 @pytest.mark.parametrize("call, words", [
+    (lambda: plots.error_by_split(["E2M5"], {"x": [0.1, 0.2]}), r"errors of 'x' must be one above 0 for each of \['E2M5'\]"),
+    (lambda: plots.error_by_split(["E2M5"], {"x": [0.1]}, beside={"y": [0.0]}), r"errors of 'y' .* got \[0.0\]"),
+    (lambda: plots.error_by_split(["E2M5"], {"x": [np.nan]}), "errors of 'x'"),
     (lambda: plots.number_lines({}), r"numbers of \[\] must be finite"),
     (lambda: plots.number_lines({"a": [1, np.nan]}), r"numbers of \['a'\] must be finite"),
     (lambda: plots.number_lines({"a": [[1]]}), r"numbers has shape \(1, 1\)"),
@@ -70,7 +81,7 @@ def test_what_does_not_fit_together_is_refused_by_name(call, words):
         call()
 
 
-@pytest.mark.parametrize("name", ["formats", "tiles"])
+@pytest.mark.parametrize("name", ["formats", "tiles", "tuning"])
 def test_the_demos_draw_on_request(name, tmp_path):
     run = subprocess.run([sys.executable, ROOT / f"minideepseek/precision/{name}.py", "--plot", "it.png"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and "claim" in run.stdout, run.stdout + run.stderr
