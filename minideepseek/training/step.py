@@ -75,7 +75,7 @@ def train_step(weights, state, tokens, targets, *, step, config, recipe, workers
         raise TrainingError(f"step {step}: no target of the batch counts")
     rows = np.split(np.arange(len(tokens)), recipe.pieces)
     one = functools.partial(piece, weights=weights, step=step, config=config, speeds=speeds, totals=totals, n_rows=len(tokens),
-                            gemm=gemm_of(recipe))
+                            gemm=gemm_of(recipe, weights))
     done = list((workers.map if workers else map)(one, [tokens[r] for r in rows], [targets[r] for r in rows]))
     gradients = {name: functools.reduce(np.add, [part.gradients[name] for part in done]) for name in done[0].gradients}
     counts = [sum(of_layer) for of_layer in zip(*[part.counts for part in done])]

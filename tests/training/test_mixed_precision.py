@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from minideepseek.autograd import params
+from minideepseek.autograd.tape import Tape
 from minideepseek.basics.linear import matmul
+from minideepseek.model.transformer import losses, trainable
+from minideepseek.precision import fp8_gemm as fp8_file
 from minideepseek.precision.formats import E4M3, E5M2, round_to
 from minideepseek.precision.fp8_gemm import bf16_gemm
 from minideepseek.training import mixed_precision
@@ -56,6 +59,30 @@ def test_weights_and_gradients_stay_in_float32_and_moments_are_bfloat16(precisio
         assert array.dtype == np.float32 and state.m[name].dtype == state.v[name].dtype == BF16
         off_the_grid = round_to(array, mixed_precision.E4M3, overflow="saturate") != array
         assert (array != before[name]).any() and off_the_grid.any(), f"{name}: master weights are not rounded"
+
+
+@pytest.mark.parametrize("scales", ("tiles", "tensor"))
+def test_weights_rounded_once_give_the_same_bits(scales):
+    recipe, config, weights, _, tokens, targets = case(precision="fp8", fp8_scales=scales)
+    found = []
+    for gemm in (gemm_of(recipe), gemm_of(recipe, weights)):
+        trained = trainable(weights)
+        with Tape() as tape:
+            loss = losses(tokens, targets, trained, config, gemm=gemm)
+        tape.backward(loss.seeds(0.1))
+        found.append((loss.main.data, params.gradients(trained)))
+    (loss, plain), (again, known) = found
+    assert loss == again and all(np.array_equal(plain[name], known[name]) for name in plain)
+
+
+def test_every_weight_of_a_product_is_known(monkeypatch):
+    recipe, config, weights, _, tokens, targets = case(precision="fp8")
+    products = observe(weights, tokens, targets, config, gemm_of(recipe))
+    gemm, rounded = gemm_of(recipe, weights), []
+    real = fp8_file._rounded
+    monkeypatch.setattr(fp8_file, "_rounded", lambda x, *rest: (rounded.append(x), real(x, *rest))[1])
+    observe(weights, tokens, targets, config, gemm)
+    assert len(rounded) == len(products) + len(products) // 3            # A of each; B of dW only
 
 
 def test_high_precision_is_what_it_was():
@@ -140,7 +167,7 @@ def test_every_product_of_a_step_is_observed_and_belongs_to_a_weight():
         assert product.shape[1:] == flat[product.weight].shape[-2:]
 
 
-@pytest.mark.parametrize("precision, expected", [("fp32", None), ("bf16", "BF16"), ("fp8", "E4M3")])
+@pytest.mark.parametrize("precision, expected", [("fp32", "float32"), ("bf16", "BF16"), ("fp8", "E4M3")])
 def test_the_table_says_what_a_step_did(precision, expected):
     recipe, config, weights, state, tokens, targets = case(precision=precision)
     gradients = {name: np.ones_like(array) for name, array in trained_arrays(weights).items()}
@@ -150,7 +177,7 @@ def test_the_table_says_what_a_step_did(precision, expected):
     assert table["master weights"][0] == table["gradients of weights"][0] == "float32"
     assert table["moments m, v"][0] == ("float32" if precision == "fp32" else "bfloat16")
     inside = [what for what in table if what.startswith(("forward", "dx", "dW", "both"))]
-    assert {table[what][0] for what in inside} == ({expected} if expected else set())
+    assert {table[what][0] for what in inside} == {expected}
     if precision == "fp8":
         assert table["dW: gradient dy"][1].startswith("scales for 16 x 1,") and table["forward: weight W"][1].startswith("scales for 16 x 16,")
 
