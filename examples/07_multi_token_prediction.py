@@ -6,7 +6,7 @@ In training all of the text is known. The model predicts the next token at every
 token, as if the prediction had come true, and looks one token further: more to learn from the same text. Take care
 which token it is scored on: scored on the one it was shown, it has only to copy, and its loss means nothing.
 When the model writes, the module drafts the token after next, and the model judges two places in one forward: the same
-text in fewer forwards. RUN is a folder of `python -m minideepseek train`; without one, a small model is trained here.
+distribution, greedy the same text, in fewer forwards. RUN is a folder of `python -m minideepseek train`; without one, a small model is trained here.
 Pages: whiteboard/model/mtp.md, whiteboard/model/parallel_heads.md, whiteboard/model/speculative.md
 """
 import os

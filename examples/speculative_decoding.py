@@ -21,9 +21,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from minideepseek.corpus.town import stories
-from minideepseek.model.speculative import expected_tokens
+from minideepseek.model.generate import generate
+from minideepseek.model.speculative import expected_tokens, speculate
 from minideepseek.training import pretrain
+from minideepseek.training.data import BEGIN
 from minideepseek.training.recipe import recipe
 
 WAYS = [(temperature, depth) for temperature in (0.0, 1.0) for depth in (0, 1, 2, 3)]
@@ -33,11 +37,12 @@ TOKENS = 120                                             # of a story, at most
 def tell(run, opening, seed, temperature, depth):
     """(tokens, seconds, Rounds) of one story."""
     config, weights, tokenizer = run
-    rounds, began = [], time.perf_counter()
-    text = "".join(pretrain.story(weights, config, tokenizer, prompt=opening, seed=seed, temperature=temperature, max_new_tokens=TOKENS,
-                                  depth=depth, watch=rounds.append))
-    seconds = time.perf_counter() - began
-    return sum(len(one.tokens) for one in rounds) or len(tokenizer.encode(text)) + 1, seconds, rounds, text
+    first = tokenizer.special[BEGIN]
+    ids, options = np.append(first, tokenizer.encode(opening)), {"seed": seed, "temperature": temperature, "max_new_tokens": TOKENS, "stop": [first]}
+    began = time.perf_counter()
+    rounds = list(speculate(ids, weights, config, depth=depth, **options)) if depth else []
+    tokens = [token for one in rounds for token in one.tokens] if depth else list(generate(ids, weights, config, **options))
+    return tokens, time.perf_counter() - began, rounds
 
 
 def judged(one):
@@ -63,18 +68,18 @@ def main():
     for seed, opening in enumerate(openings):
         for way in WAYS:
             found[way].append(tell(run, opening, seed, *way))
-    same = all(plain[3] == drafted[3] for depth in (1, 2, 3) for plain, drafted in zip(found[0.0, 0], found[0.0, depth]))
+    same = all(plain[0] == drafted[0] for depth in (1, 2, 3) for plain, drafted in zip(found[0.0, 0], found[0.0, depth]))
     print(f"\n{'temperature':>11s} {'depth':>6s} {'accepted':>9s} {'by place':>20s} {'tokens per forward':>19s} {'tokens/s':>9s} {'against plain':>14s}")
     speed = {}
     for temperature, depth in WAYS:
         told = found[temperature, depth]
-        speed[temperature, depth] = statistics.median(tokens / seconds for tokens, seconds, _, _ in told)
-        rounds = [one for _, _, of_story, _ in told for one in of_story]
+        speed[temperature, depth] = statistics.median(len(tokens) / seconds for tokens, seconds, _ in told)
+        rounds = [one for _, _, of_story in told for one in of_story]
         n_judged = sum(map(judged, rounds))
         rate = sum(one.n_accepted for one in rounds) / n_judged if depth else None
         places = [[one.n_accepted > i for one in rounds if judged(one) > i] for i in range(depth)]
         per_forward = sum(len(one.tokens) for one in rounds) / len(rounds) if depth else 1.0
-        ratio = statistics.median((a[0] / a[1]) / (b[0] / b[1]) for a, b in zip(told, found[temperature, 0]))
+        ratio = statistics.median((len(a[0]) / a[1]) / (len(b[0]) / b[1]) for a, b in zip(told, found[temperature, 0]))
         print(f"{temperature:11.0f} {depth or 'plain':>6} {f'{rate:.1%}' if depth else '-':>9s} {' '.join(f'{statistics.mean(place):.0%}' for place in places):>20s} "
               f"{per_forward:19.2f} {speed[temperature, depth]:9.0f} {ratio:12.2f} x")
         if depth == 1:

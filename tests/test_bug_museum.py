@@ -87,7 +87,9 @@ BUGS = {
         "minideepseek/moe/router.py", "picked = np.take_along_axis(score, chosen, axis=-1) ", "picked = scaling * np.take_along_axis(score, chosen, axis=-1); scaling = 1.0 "),
     "23 one gate normalised: the constant 1": (
         "minideepseek/moe/classic.py", 'scoring="softmax", normalise=normalise)', 'scoring="softmax", normalise=True)'),
-    "24 f of the older losses differentiated": (
+    "24 computed and never added": (
+        "minideepseek/training/step.py", 'if speeds["balance_weight"] else {})', 'if False else {})'),
+    "24 a slope for f of the older losses": (
         "minideepseek/moe/balance_loss.py", "dP = f * dloss ", "dP = 2 * f * dloss "),
     "24 f differentiated as if it moved with P": (
         "minideepseek/moe/balance_loss.py", "dP = f * (dloss / B) ", "dP = 2 * f * (dloss / B) "),

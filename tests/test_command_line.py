@@ -165,6 +165,15 @@ def test_a_gradient_that_is_not_finite_is_exit_code_1(capsys, monkeypatch):
     assert error == "training stopped: step 0: the gradient of E is not finite; the last checkpoint stands\n" and load_checkpoint("run").step == 0
 
 
+def test_generate_with_drafts_says_what_they_came_to(capsys, trained):
+    assert main(["generate", str(trained), "--max-new-tokens", "12", "--temperature", "0"]) == 0
+    plain = capsys.readouterr().out
+    for depth in ([], ["2"]):
+        assert main(["generate", str(trained), "--max-new-tokens", "12", "--temperature", "0", "--speculative", *depth]) == 0
+        text, report = capsys.readouterr().out.rsplit("\n\n", 1)
+        assert text.strip() == plain.strip() and " forwards, " in report and report.strip().endswith(" tokens/s")
+
+
 def test_generate_and_export_refuse(capsys, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     assert "temperature = -1.0 must be" in refused(capsys, "generate", run, "--temperature", "-1")

@@ -1,11 +1,14 @@
 """The examples run, from another folder and uninstalled; and the recipe of the first step-through holds."""
+import csv
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.house import ROOT
+from minideepseek.training.experiment import spread
+from tests.house import ROOT, read
 
 STEP = ROOT / "examples/step_through_backward.py"
 
@@ -52,3 +55,43 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint():
 def test_a_resumed_run_ends_in_the_same_bytes():
     run = subprocess.run([sys.executable, str(ROOT / "examples/resume_bit_for_bit.py"), "--stops", "1", "--steps", "6"], capture_output=True, text=True)
     assert run.returncode == 0 and "claim: 1 of 1 runs end in the same bytes" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", ["training_table", "attention_ladder", "balance_experiment", "expert_specialisation", "fp8_training"])
+def test_an_experiment_that_was_run_prints_its_table(name, tmp_path):
+    """All rows are in the CSV, so nothing is trained; the file is left as it is."""
+    for path in (ROOT / "examples").glob(f"{name}*.csv"):
+        shutil.copy(path, tmp_path)
+    before = (tmp_path / f"{name}.csv").read_bytes()
+    run = subprocess.run([sys.executable, str(ROOT / f"examples/{name}.py"), "--out", str(tmp_path / f"{name}.csv")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert " to " in run.stdout and (tmp_path / f"{name}.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("name, key, columns, places", [
+    ("balance_experiment", "way", ("above_floor", "max_violation_held_out", "max_violation_batch"), ("README.md", "whiteboard/moe/bias_balance.md")),
+    ("expert_specialisation", "way", ("bits_last_layer",), ("whiteboard/moe/bias_balance.md",)),
+    ("training_table", "variant", ("above_floor",), ("README.md",)),
+    ("attention_ladder", "attention", ("above_floor",), ("README.md",)),
+])
+def test_what_is_written_of_an_experiment_is_in_its_csv(name, key, columns, places):
+    with open(ROOT / f"examples/{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for place in places:
+        text = read(place)
+        for way in {row[key] for row in rows}:
+            for column in columns:
+                assert spread([row for row in rows if row[key] == way], column) in text, f"{place}: {way}, {column}"
+
+
+def test_what_is_written_of_fp8_training_is_in_its_csv():
+    with open(ROOT / "examples/fp8_training.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for way in {row["way"] for row in rows} - {"fp32", "fp32, another last bit"}:
+        mine = ", ".join(f"{float(row['signed_percent']):+.3f}" for row in rows if row["way"] == way)
+        assert all(mine in read(place) for place in ("README.md", "whiteboard/training/mixed_precision.md")), way
+
+
+def test_the_dispatch_is_timed():
+    run = subprocess.run([sys.executable, str(ROOT / "examples/dispatch_cost.py"), "--repeats", "1"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.count("\n") == 9, run.stdout + run.stderr

@@ -37,8 +37,8 @@ def verify(drafts, q, p, rng):
     if q.shape != (n, p.shape[-1]) or p.shape != (n + 1, p.shape[-1]):
         raise ValueError(f"q has shape {q.shape}, p has shape {p.shape}: {n} drafts need (n, U) and (n + 1, U) with n = {n}")
     for i, x in enumerate(drafts):
-        if not q[i, x] > 0:
-            raise ValueError(f"drafts[{i}] = {x} has probability {q[i, x]} in q: it was not drawn from q")
+        if not (0 <= x < q.shape[1] and q[i, x] > 0):
+            raise ValueError(f"drafts[{i}] = {x} has probability {q[i, x] if 0 <= x < q.shape[1] else 0.0} in q: it was not drawn from q")
         if not rng.random() * q[i, x] < p[i, x]:                        # stays with probability min(1, p / q); never if p is nan   # eq. 1
             return i, draw(residual(p[i], q[i]), rng)                   # those behind it rested on it: discarded
     return n, draw(p[n], rng)                                           # all accepted: one more for nothing   # eq. 3
@@ -66,9 +66,9 @@ def speculation_report(rounds):
 
     A draft behind a rejected one counts as not accepted. Without drafts there is no share.
     """
-    n_tokens, n_drafts, n_accepted = (sum(counts) for counts in zip(*[(len(one.tokens), len(one.drafts), one.n_accepted) for one in rounds]))
+    n_tokens, n_drafts, n_accepted = np.sum([(0, 0, 0), *[(len(one.tokens), len(one.drafts), one.n_accepted) for one in rounds]], axis=0).tolist()
     share = f" ({n_accepted / n_drafts:.0%})" if n_drafts else ""
-    return f"{n_tokens} tokens in {len(rounds)} forwards, {n_tokens / len(rounds):.2f} each; {n_accepted} of {n_drafts} drafts accepted{share}"
+    return f"{n_tokens} tokens in {len(rounds)} forwards, {n_tokens / max(len(rounds), 1):.2f} each; {n_accepted} of {n_drafts} drafts accepted{share}"
 
 
 def speculate(prompt, weights, config, *, max_new_tokens, depth=1, temperature=0.0, top_k=None, top_p=None, stop=(), seed=0, chunk=256):

@@ -48,7 +48,7 @@ def keep_within(chosen, score, limit, n_routed, *, order, n_devices=None, protec
         protected = np.zeros(shape[:-1], bool)
     _rule(np.shape(protected) == shape[:-1], f"protected has shape {np.shape(protected)}, chosen has {shape[:-1]} tokens")
     exempt = np.repeat(np.asarray(protected, bool).reshape(-1), shape[-1])                      # (A,)
-    worth = np.reshape(score, A) if order == "affinity" else np.zeros(A)                        # (A,)
+    worth = np.reshape(score, A).astype(float) if order == "affinity" else np.zeros(A)                        # (A,)
     queue = np.lexsort((-worth, ~exempt, owner))    # by owner; in it the exempt, then by worth; of equals, first come   # eq. 2
     counts = np.bincount(owner, minlength=n_owners)                                             # (E,) or (devices,)
     first = counts.cumsum() - counts                # where the queue of each owner begins

@@ -148,10 +148,10 @@ def violation_curves(steps, violations_by_name, *, ax=None, path=None):
         values = vector(f"violations_by_name[{name!r}]", values)
         lines[name] = _same_length(steps[name] if isinstance(steps, dict) else steps, f"violations_by_name[{name!r}]", values), values
     ax = new_axes()[0] if ax is None else ax
-    for n, (name, (at, values)) in enumerate(lines.items()):
-        ax.plot(at, values, **style(n), linewidth=1.4, label=name)
+    drawn = [ax.plot(at, values, **style(n), linewidth=1.4, label=name)[0] for n, (name, (at, values)) in enumerate(lines.items())]
     ax.set(xlabel="step", ylabel="MaxVio (0: all experts alike)", ylim=(0, None), title="by how much the busiest expert exceeds its due")
-    ax.legend(fontsize=8)
+    for text in ax.legend(drawn, lines, fontsize=8).get_texts():
+        text.set_parse_math(False)
     return save(ax, path)
 
 

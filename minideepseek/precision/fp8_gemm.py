@@ -12,10 +12,10 @@ import numpy as np
 
 from minideepseek.precision.accumulate import narrow_matmul
 from minideepseek.precision.formats import E4M3, E5M2
-from minideepseek.precision.tiles import fake_quantise, quantise, relative_error
+from minideepseek.precision.tiles import NotFinite, fake_quantise, quantise, relative_error
 
 
-def fp8_gemm(A, B, *, role, tile=128, fmt=E4M3, gradient_fmt=E4M3, power_of_two=False, known=None):
+def fp8_gemm(A, B, *, role, tile=128, fmt=E4M3, gradient_fmt=E4M3, power_of_two=False):
     """A @ B after rounding both to FP8: the gemm of `linear` and of everything built on it, `gemm=fp8_gemm`.
 
     A: (M, K)   B: (K, N)   ->   y: (M, N) of the dtype of A and B; in float64 the rounded values are the same, the sum finer
@@ -23,39 +23,14 @@ def fp8_gemm(A, B, *, role, tile=128, fmt=E4M3, gradient_fmt=E4M3, power_of_two=
     tile: entries that share a scale along an axis; None: one scale for the whole matrix, as was done before V3
     fmt: of weights and activations; gradient_fmt: of dy; None: left as it is   power_of_two: the scales (UE8M0)
 
-    known: roundings of weights that were made beforehand, see round_weights
-
     dx and dW made with it are surrogates (straight-through): the slope of rounding is taken for 1, where it is 0 or infinite.
-    Raises ValueError for an unknown role, a tile below 1, nan, inf, or an empty matrix.
+    nan and inf go through, as in float32. Raises ValueError for an unknown role, a tile below 1, or an empty matrix.
     """
     (A_block, A_fmt), (B_block, B_fmt) = tiling(role, tile, fmt, gradient_fmt)
     A_hat = _rounded(A, A_block, A_fmt, power_of_two)                               # (M, K)   # eq. 1
-    B_hat = _known(B, known) if known and role != "dW" else None
-    if B_hat is None:
-        B_hat = _rounded(B, B_block, B_fmt, power_of_two)                           # (K, N)   # eq. 2
+    B_hat = _rounded(B, B_block, B_fmt, power_of_two)                               # (K, N)   # eq. 2
     dtype = np.result_type(A, B)
     return A_hat.astype(dtype, copy=False) @ B_hat.astype(dtype, copy=False)        # (M, N)   # eq. 3
-
-
-def round_weights(matrices, *, tile=128, fmt=E4M3, power_of_two=False):
-    """What FP8 leaves of weights, to be looked up while they stay as they are: the `known` of fp8_gemm.
-
-    matrices: (K, N) arrays, or stacks of them such as the experts'. A weight is a weight by its place in memory, so its
-    slices and its transpose are found too: blocks are square, and W.T of dx is the transpose of what the forward used.
-    """
-    one_by_one = [W for stack in matrices for W in (stack if stack.ndim == 3 else [stack])]
-    return {_place(W): _rounded(W, (tile, tile), fmt, power_of_two) for W in one_by_one}
-
-
-def _place(W):
-    return W.__array_interface__["data"][0], W.shape, W.strides
-
-
-def _known(B, known):
-    """The rounding of B, or of what B is the transpose of; None when it is not known."""
-    if (B_hat := known.get(_place(B))) is not None:
-        return B_hat
-    return None if (B_hat := known.get(_place(B.T))) is None else B_hat.T
 
 
 def tiling(role, tile, fmt, gradient_fmt):
@@ -76,8 +51,16 @@ def tiling(role, tile, fmt, gradient_fmt):
 
 
 def _rounded(x, block, fmt, power_of_two):
-    """What FP8 leaves of x; x itself when there is no format. By way of float32, so that float64 is rounded to the same values."""
-    return x if fmt is None else fake_quantise(np.asarray(x, np.float32), block, fmt, power_of_two=power_of_two)
+    """What FP8 leaves of x; x itself when there is no format. By way of float32, so that float64 is rounded to the same values.
+
+    nan and inf have no scale: x is handed on, and they turn up in the product as they do in float32, where somebody looks.
+    """
+    if fmt is None:
+        return x
+    try:
+        return fake_quantise(np.asarray(x, np.float32), block, fmt, power_of_two=power_of_two)
+    except NotFinite:
+        return x
 
 
 def fp8_gemm_faithful(A, B, *, role, tile=128, fmt=E4M3, gradient_fmt=E4M3, power_of_two=False, bits=14, group=32, promote=128):

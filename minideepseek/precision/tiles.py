@@ -11,11 +11,14 @@ import numpy as np
 from minideepseek.precision import formats
 from minideepseek.precision.formats import round_to, round_within, seconds
 
-E4M3 = ml_dtypes.float8_e4m3fn
-E4M3_MAX = 448.0         # the largest value
+FLOAT8 = ml_dtypes.float8_e4m3fn    # eight bits as NumPy stores them; what a Format rounds to is in float32
 SMALLEST_AMAX = 1e-4     # what a tile counts as at least, zeros among them: the released code's floor for activations
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 SIZES = {"tensor": (None, None), "row": (1, None), "tile": (1, 128), "block": (128, 128)}      # rows, columns; None: all of them
+
+
+class NotFinite(ValueError):
+    """The numbers are at fault, not the call: what a run that grew nan meets, and may want to tell from a wrong argument."""
 
 
 def scales(x, block, fmt=formats.E4M3, *, power_of_two=False):
@@ -23,7 +26,8 @@ def scales(x, block, fmt=formats.E4M3, *, power_of_two=False):
 
     x: (m, n) float   block: (rows, columns) of a tile, None for all of them; the last tiles may be ragged
     -> scale: (tiles down, tiles across) float32; power_of_two: each rounded up to a power of two (UE8M0)
-    Raises ValueError for what is not a matrix, holds nan or inf, for an empty tile, for a format with float32's range.
+    Raises NotFinite, a ValueError, when x holds nan or inf, or is so large that its tile's largest number would not fit float32
+    (from 2.97e38 on with powers of two); ValueError for what is not a matrix, for an empty tile, for a format with float32's range.
     """
     return _scales(*_cut(x, block, fmt), fmt, power_of_two)
 
@@ -61,12 +65,14 @@ def _scales(filled, sizes, fmt, power_of_two):
         runs = amax.reshape(-1, columns)                                # of short ones, the transpose is faster
         amax = runs.max(axis=1) if columns > 32 else runs.T.copy().max(axis=0)
     if not (amax <= FLOAT32_MAX).all():                                 # written this way round: nan must fail
-        raise ValueError("x must be a matrix of numbers that float32 can hold: it has nan, inf, or more")
+        raise NotFinite("x holds nan, inf, or numbers that float32 cannot hold")
     amax = amax.reshape(down, across).astype(np.float32, copy=False)
     scale = np.maximum(amax, np.float32(SMALLEST_AMAX)) / np.float32(fmt.max)                       # eq. 1
     if power_of_two:
         fraction, exponent = np.frexp(scale)                            # scale = fraction * 2^exponent, 1/2 <= fraction < 1
         scale = np.ldexp(np.float32(1), exponent - (fraction == 0.5))                               # eq. 4
+    if float(scale.max()) * fmt.max > FLOAT32_MAX:                      # near the end of float32, a scale rounded up leads beyond it
+        raise NotFinite(f"x holds {amax.max():.4g}: its scale {scale.max():.4g} times {fmt.max:g} is a number that float32 cannot hold")
     return scale
 
 
@@ -107,10 +113,10 @@ def quantise_blocks(x, block=(128, 128)):
 
     x: (m, n) float   block: rows and columns of a block; the last ones may be ragged
     -> q: (m, n) float8_e4m3fn   scale: (ceil(m / rows), ceil(n / columns)) float32, to be multiplied
-    Raises ValueError for an array that is not a matrix, or holds nan or inf.
+    Raises ValueError for an array that is not a matrix, NotFinite for one that holds nan or inf.
     """
     q, scale = quantise(x, block)
-    return q.astype(E4M3), scale
+    return q.astype(FLOAT8), scale
 
 
 def dequantise_blocks(q, scale, block=(128, 128), dtype=np.float32):
@@ -129,12 +135,16 @@ def dequantise_blocks(q, scale, block=(128, 128), dtype=np.float32):
 
 
 def spread_blocks(scale, shape, block):
-    """The scale of every entry: each repeated over its block, cut off at the ragged edge."""
-    return scale.repeat(block[0], axis=0)[:shape[0]].repeat(block[1], axis=1)[:, :shape[1]]
+    """The scale of every entry: each repeated over its block, cut off at the ragged edge. None in a block: all there are."""
+    rows, columns = [whole if size is None else size for size, whole in zip(block, shape)]
+    return scale.repeat(rows, axis=0)[:shape[0]].repeat(columns, axis=1)[:, :shape[1]]
 
 
 def relative_error(x, x_hat):
-    """|x_hat - x| / |x|, both lengths over all entries (Frobenius). 1 when nothing is left."""
+    """|x_hat - x| / |x|, both lengths over all entries (Frobenius). 1 when nothing is left.
+
+    Zeros have no length to be relative to: nan for x of zeros alone, or inf when x_hat is something else, and a RuntimeWarning.
+    """
     x, x_hat = np.asarray(x, np.float64), np.asarray(x_hat, np.float64)
     return float(np.linalg.norm(x_hat - x) / np.linalg.norm(x))
 

@@ -18,31 +18,20 @@ from minideepseek.basics.linear import matmul
 from minideepseek.model.presets import preset
 from minideepseek.model.transformer import init, losses, trainable
 from minideepseek.precision.formats import E4M3, E5M2
-from minideepseek.precision.fp8_gemm import bf16_gemm, fp8_gemm, round_weights, tiling
+from minideepseek.precision.fp8_gemm import bf16_gemm, fp8_gemm, tiling
 from minideepseek.training.recipe import Recipe
 
 
-HIGH = ("E", "W_head", "W_router")           # matrices that are multiplied in the precision they have
-
-
-def gemm_of(recipe, weights=None):
+def gemm_of(recipe):
     """The products of all linear layers but the head and the router, see `linear`: plain, in BF16, or in FP8.
 
-    weights: ModelWeights of arrays that stay as they are while the gemm is used: rounded to FP8 once, here, and not in
-    every product; the same bits either way
 
     Embedding, head, router, norms, the core of attention and everything elementwise stay in the precision of the weights.
     dx and dW in FP8 are surrogates: the slope of rounding is taken for 1.
     """
     if recipe.precision == "fp32":
         return matmul
-    if recipe.precision == "bf16":
-        return bf16_gemm
-    options = _fp8_options(recipe)
-    if weights is not None:
-        matrices = [leaf for name, leaf in params.flatten(weights).items() if leaf.ndim >= 2 and name.split(".")[-1] not in HIGH]
-        options["known"] = round_weights(matrices, tile=options["tile"])
-    return functools.partial(fp8_gemm, **options)
+    return bf16_gemm if recipe.precision == "bf16" else functools.partial(fp8_gemm, **_fp8_options(recipe))
 
 
 def moment_dtype(recipe):

@@ -118,7 +118,7 @@ RECIPES = {
     "micro": Recipe(model="micro", steps=400, decay=300, init_std=0.12, corpus_bytes=1_500_000, gamma_off=40, evaluate_every=200, save_every=200, fp8_tile=16),
     "tiny": Recipe(),
     "small": Recipe(model="small", steps=1_500, init_std=0.06, head_std=0.025, length=256, decay=1_000, vocab_size=1_024, corpus_bytes=12_000_000, peak=1.5e-3, warmup=100, gamma_off=150,
-                    evaluate_every=500, save_every=250),
+                    evaluate_every=500, save_every=250, fp8_tile=64),
 }
 
 

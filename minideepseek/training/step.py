@@ -75,7 +75,7 @@ def train_step(weights, state, tokens, targets, *, step, config, recipe, workers
         raise TrainingError(f"step {step}: no target of the batch counts")
     rows = np.split(np.arange(len(tokens)), recipe.pieces)
     one = functools.partial(piece, weights=weights, step=step, config=config, speeds=speeds, totals=totals, n_rows=len(tokens),
-                            gemm=gemm_of(recipe, weights))
+                            gemm=gemm_of(recipe))
     done = list((workers.map if workers else map)(one, [tokens[r] for r in rows], [targets[r] for r in rows]))
     gradients = {name: functools.reduce(np.add, [part.gradients[name] for part in done]) for name in done[0].gradients}
     counts = [sum(of_layer) for of_layer in zip(*[part.counts for part in done])]
@@ -158,8 +158,11 @@ def held_out_nats(tokens, targets, weights, config, *, rows=32):
     nats, counts = np.zeros(1 + config.n_mtp), []
     for start in range(0, len(tokens), rows):
         piece = slice(start, start + rows)
-        used = (targets[piece] != IGNORE).any(axis=0).nonzero()[0].max() + 1          # cut what is padding in every row
-        ids, goal = tokens[piece, :max(used, 1 + config.n_mtp)], targets[piece, :max(used, 1 + config.n_mtp)]
+        used = (targets[piece] != IGNORE).any(axis=0).nonzero()[0]
+        if not used.size:
+            continue
+        width = max(used[-1], config.n_mtp) + 1                                       # cut what is padding in every row
+        ids, goal = tokens[piece, :width], targets[piece, :width]
         out = transformer(ids, weights, config)
         further = predict_further(out, ids, weights, config) if ids.shape[1] > config.n_mtp else ()
         for k, logits in enumerate([out.logits, *[prediction.logits for prediction in further]]):

@@ -384,3 +384,10 @@ def test_a_report_counts_tokens_forwards_and_drafts():
     rounds = [Round([5], [], 0), Round([1, 2], [1, 7], 1), Round([3], [4, 4], 0), Round([8, 9, 2], [8, 9], 2)]
     assert speculation_report(rounds) == "7 tokens in 4 forwards, 1.75 each; 3 of 6 drafts accepted (50%)"
     assert speculation_report(rounds[:1]) == "1 tokens in 1 forwards, 1.00 each; 0 of 0 drafts accepted"
+    assert speculation_report([]) == "0 tokens in 0 forwards, 0.00 each; 0 of 0 drafts accepted"
+
+
+@pytest.mark.parametrize("x", (-1, 3))
+def test_a_draft_outside_the_vocabulary_is_refused(x):
+    with pytest.raises(ValueError, match=rf"drafts\[0\] = {x} has probability 0.0 in q"):
+        verify([x], np.full((1, 3), 1 / 3), np.full((2, 3), 1 / 3), np.random.default_rng(0))

@@ -223,3 +223,8 @@ ids = np.array([[0, 1], [1, 3]])
 def test_what_cannot_be_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_scores_without_a_sign_are_ranked_like_any_others():
+    score = np.array([[0], [7]], np.uint8)
+    assert keep_within(np.zeros((2, 1), int), score, 1, 2, order="affinity").tolist() == [[False], [True]]

@@ -191,3 +191,8 @@ def test_the_demo_of_the_router_draws_on_request(tmp_path):
                          text=True, timeout=60)
     assert run.returncode == 0 and "claim" in run.stdout, run.stdout + run.stderr
     assert min(png_size(tmp_path / "router.png")) > 250
+
+
+def test_names_of_lines_are_letters(tmp_path):
+    ax = plots.violation_curves(STEPS, {r"a $\frac$ b": [2, 1, 0.1], "_x": [2, 2, 2]}, path=tmp_path / "p.png")
+    assert legend(ax) == [r"a $\frac$ b", "_x"]

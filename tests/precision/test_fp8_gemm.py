@@ -13,7 +13,7 @@ from minideepseek.basics.swiglu import swiglu_backward, swiglu_examples, swiglu_
 from minideepseek.precision.accumulate import narrow_matmul
 from minideepseek.precision.formats import E4M3, E5M2
 from minideepseek.precision.fp8_gemm import bf16_gemm, fp8_gemm, fp8_gemm_faithful, layer_errors
-from minideepseek.precision.tiles import fake_quantise, quantise, relative_error
+from minideepseek.precision.tiles import NotFinite, fake_quantise, quantise, relative_error
 
 GEMMS = {"fast": fp8_gemm, "faithful": fp8_gemm_faithful}
 ROLES = ("forward", "dx", "dW")
@@ -270,9 +270,19 @@ def test_the_inputs_stay_as_they_are():
 @pytest.mark.parametrize("change, message", [
     ({"role": "Forward"}, "role = 'Forward', expected 'forward', 'dx' or 'dW'"),
     ({"tile": 0}, "tiles of at least"),
-    ({"A": np.array([[np.nan, 1.0]])}, "nan, inf, or more"),
     ({"B": np.zeros((2, 0))}, r"x \(2, 0\) must be a matrix"),
 ])
 def test_what_cannot_be_is_named(gemm, change, message):
     with pytest.raises(ValueError, match=message):
         gemm(**{"A": np.ones((3, 2)), "B": np.ones((2, 4)), "role": "forward"} | change)
+
+
+@pytest.mark.parametrize("wrong", (np.nan, np.inf))
+def test_what_has_no_scale_goes_through_as_in_float32(wrong):
+    """So that a loss is nan and a training step can say where it began; the faithful path, for measuring, refuses it."""
+    A, B = np.ones((3, 2)), np.ones((2, 4))
+    A[1, 0] = wrong
+    y = fp8_gemm(A, B, role="forward")
+    assert not np.isfinite(y[1]).any() and np.isfinite(y[[0, 2]]).all()
+    with pytest.raises(NotFinite, match="nan, inf, or"):
+        fp8_gemm_faithful(A, B, role="forward")

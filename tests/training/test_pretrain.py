@@ -100,6 +100,25 @@ def test_the_log(whole):
     assert float(rows[-1]["held_loss_0"]) == nats[0] / (run.data.held_targets >= 0).sum() and not rows[0]["held_loss_0"]
 
 
+def test_every_step_is_watched_with_its_report(fresh, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "draw_curves", quiet)
+    seen = []
+    run = begin(tmp_path / "run", RECIPE)
+    train(run, say=quiet, workers=1, stop_at=3, watch=lambda step, report: seen.append((step, report)))
+    rows = list(csv.DictReader((run.folder / "log.csv").open()))
+    assert [step for step, _ in seen] == [0, 1, 2]
+    for (_, report), row in zip(seen, rows):
+        assert report.main == float(row["loss"]) and report.norm == float(row["norm"])
+
+
+def test_a_story_with_drafts_is_the_same_story(tmp_path):
+    run = begin(tmp_path / "run", dataclasses.replace(RECIPE, n_mtp=1))
+    tell = lambda **options: "".join(story(run.weights, run.config, run.data.tokenizer, temperature=0.0, max_new_tokens=12, **options))
+    rounds = []
+    assert tell() == tell(depth=3, watch=rounds.append)
+    assert max(len(one.drafts) for one in rounds) == 3 and sum(len(one.tokens) for one in rounds) <= 12
+
+
 def test_rows_of_the_log_and_saves_come_as_told(fresh, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "draw_curves", quiet)
     saves = []

@@ -180,6 +180,7 @@ def test_biases_move_by_gamma_by_the_counts_of_the_whole_batch():
         assert np.array_equal(bias, np.float32(0.01) * np.sign(counts.mean() - counts).astype(np.float32))
     assert any((np.sign(a.mean() - a) != np.sign(b.mean() - b)).any() for a, b in zip(whole_batch, first_piece))      # else this proves little
     assert report.violations == tuple(max_violation(counts) for counts in whole_batch)
+    assert [list(counts) for counts in report.counts] == [list(counts) for counts in whole_batch]
     assert not set(trained_arrays(weights)) & {name for name in params.flatten(weights) if name.endswith("b_select")}
 
 
@@ -305,6 +306,14 @@ def test_each_depth_is_scored_on_its_own_targets(rows):
     longer = (targets != IGNORE).sum(axis=1) > 2
     (_, first, _), _ = held_out_nats(tokens[longer], targets[longer], weights, config, rows=rows)
     assert first == pytest.approx(nats[0], rel=1e-12)
+
+
+def test_texts_without_a_target_add_nothing():
+    _, config, weights, _, _, _ = case(n_mtp=1, dtype=np.float64)
+    tokens, targets = held_out(config)
+    silent = np.vstack([targets, np.full((4, targets.shape[1]), IGNORE)])
+    (nats, counts), (again, loads) = [held_out_nats(np.vstack([tokens, tokens[:4]])[:len(goal)], goal, weights, config, rows=2) for goal in (targets, silent)]
+    assert again == pytest.approx(nats, rel=1e-12) and np.array_equal(loads, counts)
 
 
 def test_evaluation_changes_nothing():
