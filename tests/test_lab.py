@@ -26,7 +26,7 @@ SHOWN = {   # what the path in the debugger brings to light, and what --fix prin
     "10_a_check_that_passes": (r"e-1\d\)\n[\s\S]*array\(\[1\., 1\., 1\.\]\)", "is found out"),
     "11_the_common_words": (r"only rows that occur more than once in ids are wrong: a scatter that overwrites", r"gets +70 +20 +7 +2 +1\n"),
     "12_quiet_experts": (r"(?:9 +share .*\[0\.5, 0\.5\] [\s\S]*){2}", r"2\.5: the gates of a token add up to 2\.5"),
-    "13_a_number_too_large": (r"made in to_fp8_forward, 13_a_number_too_large\.py:\d+: q = fits\.astype", "first nan at step None"),
+    "13_a_number_too_large": (r"made in to_fp8_forward, 13_a_number_too_large\.py:\d+: q = x\.astype", "first nan at step None"),
 }
 
 

@@ -34,8 +34,6 @@ import numpy as np
 
 from minideepseek.autograd.tape import Tape, Tensor, op
 
-FIX = "--fix" in sys.argv
-
 
 def shared_scores_forward(q_rope, k_rope):
     """Every head's queries against the one key.
@@ -50,7 +48,7 @@ def shared_scores_backward(dscores, cache):
     q_rope, k_rope = cache
     dq_rope = dscores @ k_rope[:, None]                                 # (B, H, T, R)
     dk = dscores.swapaxes(-1, -2) @ q_rope                              # (B, H, T, R)
-    dk_rope = dk.sum(axis=1) if FIX else dk[:, 0].copy()                # (B, T, R)   # eq. 18
+    dk_rope = dk[:, 0].copy()                                           # (B, T, R)   # eq. 18
     return dq_rope, dk_rope
 
 
@@ -75,4 +73,13 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--fix" in sys.argv:                            # the answer: find your own first
+        def shared_scores_backward(dscores, cache):
+            q_rope, k_rope = cache
+            dq_rope = dscores @ k_rope[:, None]
+            dk = dscores.swapaxes(-1, -2) @ q_rope
+            dk_rope = dk.sum(axis=1)
+            return dq_rope, dk_rope
+
+        shared_scores = op(shared_scores_forward, shared_scores_backward)
     main()

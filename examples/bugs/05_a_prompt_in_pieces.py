@@ -29,13 +29,11 @@ import numpy as np
 
 from minideepseek.basics.softmax import softmax_forward
 
-FIX = "--fix" in sys.argv
-
 
 def masked_forward(q, k):
     """Attention with the keys as values: q (T, K), k (S, K) -> (T, K)."""
     T, S = len(q), len(k)
-    sees = np.arange(S) <= np.arange(T)[:, None] + (S - T if FIX else 0)                    # (T, S)
+    sees = np.arange(S) <= np.arange(T)[:, None]                                            # (T, S)
     scores = q @ k.T + np.where(sees, 0, -np.inf)                                           # (T, S)
     p, _ = softmax_forward(scores)
     return p @ k
@@ -52,4 +50,11 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--fix" in sys.argv:                            # the answer: find your own first
+        def masked_forward(q, k):
+            T, S = len(q), len(k)
+            sees = np.arange(S) <= np.arange(T)[:, None] + S - T
+            scores = q @ k.T + np.where(sees, 0, -np.inf)
+            p, _ = softmax_forward(scores)
+            return p @ k
     main()

@@ -28,15 +28,13 @@ import numpy as np
 from minideepseek.basics.swiglu import sigmoid
 from minideepseek.moe.router import best
 
-FIX = "--fix" in sys.argv
-
 
 def gates_forward(logits, b_select=None):
     """The gates of the two experts a token chooses, in the order of their numbers: logits (E,) -> gate (2,)."""
     score = sigmoid(logits)                                         # (E,)   # eq. 2
     biased = score if b_select is None else score + b_select        # (E,)   # eq. 3
     chosen = np.sort(best(biased, 2))
-    picked = (score if FIX else biased)[chosen]                     # (2,)   # eq. 7
+    picked = biased[chosen]                                         # (2,)   # eq. 7
     share = picked / picked.sum()                                   # (2,)   # eq. 9
     return share
 
@@ -51,4 +49,11 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--fix" in sys.argv:                            # the answer: find your own first
+        def gates_forward(logits, b_select=None):
+            score = sigmoid(logits)
+            biased = score if b_select is None else score + b_select
+            chosen = np.sort(best(biased, 2))
+            picked = score[chosen]
+            return picked / picked.sum()
     main()

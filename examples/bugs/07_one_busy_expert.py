@@ -29,12 +29,10 @@ from minideepseek.basics.swiglu import sigmoid
 from minideepseek.moe.bias_balance import expert_counts, max_violation
 from minideepseek.moe.router import choose
 
-FIX = "--fix" in sys.argv
-
 
 def move_bias(b_select, counts):
     """One step of the rule: b_select, counts (E,) -> b_select of the next step."""
-    move = np.sign(counts.mean() - counts) if FIX else np.sign(counts - counts.mean())
+    move = np.sign(counts - counts.mean())
     return b_select + 0.01 * move
 
 
@@ -51,4 +49,8 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--fix" in sys.argv:                            # the answer: find your own first
+        def move_bias(b_select, counts):
+            move = np.sign(counts.mean() - counts)
+            return b_select + 0.01 * move
     main()

@@ -25,8 +25,6 @@ sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]   # run as a script: t
 
 import numpy as np
 
-FIX = "--fix" in sys.argv
-
 
 def add_backward(dy):
     """Both roads get all of dy."""
@@ -37,8 +35,6 @@ def add_up(grads, x, dx):
     """Put dx into grads[x], added to what is there."""
     if x not in grads:
         grads[x] = dx
-    elif FIX:
-        grads[x] = grads[x] + dx
     else:
         grads[x] += dx
 
@@ -60,4 +56,7 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--fix" in sys.argv:                            # the answer: find your own first
+        def add_up(grads, x, dx):
+            grads[x] = grads[x] + dx if x in grads else dx
     main()

@@ -28,8 +28,6 @@ import numpy as np
 from minideepseek.autograd.finite_differences import finite_differences
 from minideepseek.basics.softmax import softmax_forward
 
-FIX = "--fix" in sys.argv
-
 
 def forgotten_backward(dp, cache):
     return np.zeros_like(dp)
@@ -42,7 +40,7 @@ def compare(analytic, numeric):
 
 def check(backward, z, rng):
     """Compare backward with finite differences, for one dp."""
-    dp = rng.standard_normal(z.shape) if FIX else np.ones(z.shape)
+    dp = np.ones(z.shape)
     p, cache = softmax_forward(z)
     numeric = (finite_differences(softmax_forward, (z,))[0].rows @ dp.reshape(-1)).reshape(z.shape)
     return compare(backward(dp, cache), numeric)
@@ -56,4 +54,10 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--fix" in sys.argv:                            # the answer: find your own first
+        def check(backward, z, rng):
+            dp = rng.standard_normal(z.shape)
+            p, cache = softmax_forward(z)
+            numeric = (finite_differences(softmax_forward, (z,))[0].rows @ dp.reshape(-1)).reshape(z.shape)
+            return compare(backward(dp, cache), numeric)
     main()

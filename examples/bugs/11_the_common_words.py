@@ -27,17 +27,12 @@ import numpy as np
 from minideepseek.autograd.tape import Tape, Tensor, op
 from minideepseek.basics.embedding import embedding_forward
 
-FIX = "--fix" in sys.argv
-
 
 def my_backward(dy, cache):
     """Every token's gradient goes to its row."""
     ids, shape = cache
     dE = np.zeros(shape, dy.dtype)                                  # (U, D)
-    if FIX:
-        np.add.at(dE, ids, dy)                                      # eq. 2
-    else:
-        dE[ids] += dy
+    dE[ids] += dy                                                   # eq. 2
     return None, dE
 
 
@@ -61,4 +56,12 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--fix" in sys.argv:                            # the answer: find your own first
+        def my_backward(dy, cache):
+            ids, shape = cache
+            dE = np.zeros(shape, dy.dtype)
+            np.add.at(dE, ids, dy)
+            return None, dE
+
+        my_embedding = op(embedding_forward, my_backward)
     main()

@@ -1,4 +1,4 @@
-"""Quiet experts: they speak at two fifths of their voice, at any setting.
+"""Quiet experts: the same voice at any setting.
 
     python examples/bugs/12_quiet_experts.py            # the symptom
     python examples/bugs/12_quiet_experts.py --fix      # without the bug
@@ -27,17 +27,14 @@ import numpy as np
 from minideepseek.basics.swiglu import sigmoid
 from minideepseek.moe.router import best
 
-FIX = "--fix" in sys.argv
-
 
 def gates_forward(logits, scaling):
     """The gates of the two experts that a token chooses: logits (E,) -> gate (2,)."""
     score = sigmoid(logits)                                         # (E,)   # eq. 2
-    picked = score[best(score, 2)] * (1 if FIX else scaling)        # (2,)   # eq. 7
+    picked = score[best(score, 2)] * scaling                        # (2,)   # eq. 7
     total = picked.sum() + 1e-20                                    # ()     # eq. 8
     share = picked / total                                          # (2,)   # eq. 9
-    gate = share * (scaling if FIX else 1)                          # (2,)   # eq. 10
-    return gate
+    return share
 
 
 def main():
@@ -49,4 +46,11 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--fix" in sys.argv:                            # the answer: find your own first
+        def gates_forward(logits, scaling):
+            score = sigmoid(logits)
+            picked = score[best(score, 2)]
+            total = picked.sum() + 1e-20
+            share = picked / total
+            return share * scaling
     main()

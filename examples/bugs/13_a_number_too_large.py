@@ -3,8 +3,9 @@
     python examples/bugs/13_a_number_too_large.py            # the symptom
     python examples/bugs/13_a_number_too_large.py --fix      # without the bug
 
-A layer rounds its input to FP8 (E4M3) before a product. Its activations grow slowly. At some step the loss is nan, and from
-then on so is every weight. By the time you look, it is everywhere. Where did it begin?
+A layer rounds its input to FP8 (E4M3) before a product. Its activations grow by 4 % a step, its weights shrink as much, and
+the loss falls. At some step it is nan, and from then on so is every weight. By the time you look, it is everywhere. Where did
+it begin?
 
 A path to the cause, at the prompt:
 
@@ -30,16 +31,13 @@ from minideepseek.autograd.tape import Tape, Tensor, op
 from minideepseek.basics.cross_entropy import cross_entropy
 from minideepseek.basics.linear import linear
 
-FIX = "--fix" in sys.argv
-
 
 def to_fp8_forward(x):
     """Round to the nearest number of E4M3.
 
     x: (..., D)   ->   q: (..., D)
     """
-    fits = np.clip(x, -448, 448) if FIX else x
-    q = fits.astype(ml_dtypes.float8_e4m3fn).astype(x.dtype)
+    q = x.astype(ml_dtypes.float8_e4m3fn).astype(x.dtype)
     return q, None
 
 
@@ -58,7 +56,7 @@ def main():
         with Tape() as tape:
             loss = cross_entropy(linear(to_fp8(x * 1.04 ** step), W), targets)
         tape.backward(loss)
-        W.data, W.grad = W.data - 0.1 / 1.08 ** step * W.grad, None
+        W.data, W.grad = (W.data - 0.1 / 1.04 ** (2 * step) * W.grad) / 1.04, None
         first = step if first is None and not np.isfinite(loss.data) else first
         if step % 40 == 39:
             print(f"step {step:3d}   largest activation {np.abs(x).max() * 1.04 ** step:6.1f}   loss {loss.data:.3f}")
@@ -67,4 +65,11 @@ def main():
 
 
 if __name__ == "__main__":
+    if "--fix" in sys.argv:                            # the answer: find your own first
+        def to_fp8_forward(x):
+            """x: (..., D)   ->   q: (..., D)"""
+            q = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(x.dtype)
+            return q, None
+
+        to_fp8 = op(to_fp8_forward, to_fp8_backward)
     main()

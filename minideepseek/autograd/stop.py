@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 
 VARIABLE = "MINIDEEPSEEK_BREAK"
 PACKAGE = Path(__file__).parent.parent
@@ -33,13 +33,14 @@ def break_on(*wanted):
         with break_on(my_backward): ...                  # a function of your own
 
     The stop is inside the function itself, so it holds for every caller: the tape, another op, your script.
-    `.close()` of what is returned takes all of it back. Raises UnknownName, with names like it.
+    `.close()` of what is returned takes all of it back; of several, close the last first, as nested `with` blocks do.
+    Raises UnknownName, with names like it; ValueError for what is no `def` with a source. An error leaves nothing stopped.
     """
     functions = [_function(one) if isinstance(one, str) else one for one in wanted]
-    undo = contextlib.ExitStack()
-    for function in functions:
-        undo.callback(setattr, function, "__code__", stop_inside(function))
-    return undo
+    with contextlib.ExitStack() as undo:
+        for function in functions:
+            undo.callback(setattr, function, "__code__", stop_inside(function))
+        return undo.pop_all()
 
 
 def stop_if_wanted(name, forward, backward):
@@ -52,13 +53,15 @@ def stop_if_wanted(name, forward, backward):
 def stop_inside(function):
     """Put `breakpoint()` before the first statement of a function, in its compiled form only; return the code it had.
 
-    Raises ValueError when its source cannot be read.
+    Raises ValueError for what is no function, and when its source cannot be read.
     """
+    if not isinstance(function, FunctionType):
+        raise ValueError(f"break_on: {function!r} is not a function made with `def`: of a method pass its __func__, of a cached one its __wrapped__")
     before = function.__code__
     try:
         tree = ast.parse("".join(inspect.findsource(before)[0]))
-        place = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
-                     and (node.name, node.lineno) == (before.co_name, before.co_firstlineno))
+        place = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)       # its first line: a decorator's
+                     and (node.name, min([node, *node.decorator_list], key=lambda it: it.lineno).lineno) == (before.co_name, before.co_firstlineno))
     except (OSError, SyntaxError, StopIteration):
         raise ValueError(f"break_on: {before.co_name} in {before.co_filename} has no `def` whose source can be read") from None
     call = ast.Expr(ast.Call(ast.Name("breakpoint", ast.Load()), [], []))

@@ -202,7 +202,8 @@ def _run_backward(record, dys):
     """Call one backward and check what it returns: count, and shape and dtype of every gradient."""
     floating = [(y, dy) for y, dy in zip(record.outputs, dys) if y.data.dtype.kind not in "iub"]
     dy = tuple([np.zeros_like(y.data) if dy is None else dy for y, dy in floating])     # an output nobody used
-    dxs = record.backward(dy if len(dy) > 1 else dy[0], record.cache)
+    dy = dy if len(dy) > 1 else dy[0]
+    dxs = record.backward(dy, record.cache)
     dxs = dxs if isinstance(dxs, tuple) else (dxs,)
     dxs = tuple([np.asarray(dx) if isinstance(dx, np.generic) else dx for dx in dxs])   # NumPy: 0-d arrays decay to scalars
     if len(dxs) != len(record.inputs):

@@ -21,15 +21,19 @@ def explain(tape, tensor):
     tape: replayed with keep=True
     The gradient of a tensor is the sum of what its readers send. Each reader, and the maker, is gradient-checked on its
     own inputs, in float64; a gemm that rounds is left out. A corner or a jump there is named: it has no gradient to check.
-    Raises ValueError for a tensor that this tape does not know.
+    Raises ValueError for a tensor that this tape does not know, and for a tape that was not replayed, or kept nothing.
     """
     made = [(n, record) for n, record in enumerate(tape.records) if any(y is tensor for y in record.outputs)]
     read = [(n, record) for n, record in enumerate(tape.records) if any(x is tensor for x in record.inputs)]
     if not made and not read:
         raise ValueError(f"no record of this tape made or reads {tensor!r}" + ("" if tape.records else ": replay with keep=True"))
+    if not tape._replayed:
+        raise ValueError("replay the tape first, with keep=True: before that there is no gradient to explain")
     print(f"{tensor!r}: {'a leaf' if not made else 'an intermediate'}, read by {len(read)} record{'s' * (len(read) != 1)}")
     if tensor.grad is None:
         print("  it has no gradient: no record that reads it leads to the loss")
+    elif not np.isfinite(tensor.grad).all():
+        print(f"  it holds {'nan' if np.isnan(tensor.grad).any() else 'inf'}: see nan_hunt, which stops where the first one is made")
     errors, total = [], 0.0
     for number, record in read:
         for position, x in enumerate(record.inputs):
@@ -39,7 +43,8 @@ def explain(tape, tensor):
                 norm = "nothing" if sent is None else f"d{name}, of norm {np.linalg.norm(sent):.3g}"
                 print(f"record {number}, {record.name}, called at {record.where}, sends {norm}")
                 errors += _check(record, position)
-    if tensor.grad is not None and read and not np.allclose(tensor.grad, total, rtol=1e-4, atol=1e-6 * np.abs(total).max()):
+    size = np.abs(total, where=np.isfinite(total), out=np.zeros(np.shape(total))).max()
+    if tensor.grad is not None and read and not np.allclose(tensor.grad, total, rtol=1e-4, atol=1e-6 * size, equal_nan=True):
         print("  what it holds is not the sum of these: it is a loss, had a gradient before this tape, or was written in place")
     for number, record in made:
         print(f"record {number}, {record.name}, called at {record.where}, made it")
@@ -52,7 +57,7 @@ def _sent(record, position):
     dys = [np.zeros_like(y.data) if y.grad is None else y.grad for y in record.outputs if floating(y.data)]
     if all(y.grad is None for y in record.outputs):
         return None
-    with no_stops():
+    with no_stops(), np.errstate(all="ignore"):                     # a nan is said in words
         dxs = record.backward(dys[0] if len(dys) == 1 else tuple(dys), record.cache)
     return dxs[position] if isinstance(dxs, tuple) else dxs
 
@@ -64,7 +69,7 @@ def _check(record, first=0):
     config = {name: _wide(value) for name, value in record.config.items() if name != "gemm"}
     names, errors = argument_names(forward, len(args)), {}
     try:
-        with no_stops():
+        with no_stops(), np.errstate(all="ignore"):
             slopes = finite_differences(forward, args, config)
             for i in sorted(slopes, key=lambda i: (i != first, i)):
                 try:

@@ -16,6 +16,8 @@ from minideepseek.autograd.gradcheck import argument_names
 from minideepseek.autograd.tape import Tensor
 from minideepseek.debug.equations import watched
 
+EMPTY = np.empty, np.empty_like
+
 
 def nan_hunt():
     """From now on every op looks at what it made, forward and backward; with `with`, until the block ends.
@@ -67,8 +69,12 @@ def guilty_line(function, args, config):
                 found[kind] = (f"made in {_chain(frame, statement, function)}: {statement.code}\n  there {_first_bad([(name, value)])}"
                                + (f"; see {page[1]}" if page else ""))
 
-    with np.errstate(all="ignore"):
-        watched(function, args, config, see, deep=True)
+    try:
+        np.empty, np.empty_like = np.zeros, np.zeros_like        # what lies in fresh memory is nobody's doing
+        with np.errstate(all="ignore"):
+            watched(function, args, config, see, deep=True)
+    finally:
+        np.empty, np.empty_like = EMPTY
     return found.get("nan or inf") or found.get("-inf") or "no statement of it whose source can be read made it"
 
 

@@ -30,7 +30,7 @@ def short(array):
 
 def values(array, whole=WHOLE):
     """All numbers of a small array, the first three and the last of a larger one."""
-    flat = np.asarray(array).reshape(-1)
+    flat = _widened(array).reshape(-1)
     first, last = (flat, flat[:0]) if flat.size <= whole else (flat[:3], flat[-1:])
     words, end = [[f"{x:.3g}" if isinstance(x, float) else f"{x!s:.20}" for x in part.tolist()] for part in (first, last)]
     return f"[{', '.join(words)}{', ... ' + end[0] if end else ''}]"
@@ -38,15 +38,21 @@ def values(array, whole=WHOLE):
 
 def summary(array):
     """Mean and spread of the finite numbers of a larger array, least and largest of integers; nan and inf counted always."""
+    array = _widened(array)
     if array.dtype.kind not in "iuf" or array.size == 0:
         return ""
-    finite = np.asarray(array)[np.isfinite(array)]
+    finite = array[np.isfinite(array)]
     words = [f"{n} {name}" for name, n in (("nan", np.isnan(array).sum()), ("inf", np.isinf(array).sum())) if n]
     if array.size > WHOLE and finite.size:
         with np.errstate(all="ignore"):              # 1e308 + 1e308: looking at an array must not warn
             mean, std = finite.mean(dtype=np.float64), finite.std(dtype=np.float64)
         words.insert(0, f"mean {mean:.3g} std {std:.3g}" if array.dtype.kind == "f" else f"from {finite.min()} to {finite.max()}")
     return " ".join(words)
+
+
+def _widened(array):
+    """bfloat16, float8 and their kin as float32: NumPy takes them for bytes."""
+    return np.asarray(array, np.float32 if array.dtype.type.__module__ == "ml_dtypes" else None)
 
 
 def demo():

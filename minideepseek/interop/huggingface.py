@@ -20,7 +20,7 @@ from minideepseek.interop.public_config import read_blocks, read_config, write_c
 from minideepseek.interop.safetensors import CheckpointError, open_folder, replacing, sync_folder, write
 from minideepseek.model.config import Config
 from minideepseek.model.transformer import init, model_outline
-from minideepseek.precision.tiles import E4M3, dequantise_blocks, quantise_blocks
+from minideepseek.precision.tiles import FLOAT8, dequantise_blocks, quantise_blocks
 
 FLOATS = [np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
 SCALES = [*FLOATS, np.dtype(ml_dtypes.float8_e8m0fnu)]
@@ -122,7 +122,7 @@ def _read(folder, name, tensors, shape, blocks, dtype):
     array = tensors[name]
     if array.shape != shape:
         raise CheckpointError(f"{folder}: {name} has shape {array.shape}, expected {shape}")
-    if array.dtype == E4M3 and blocks is not None:
+    if array.dtype == FLOAT8 and blocks is not None:
         if name + "_scale_inv" not in tensors:
             raise CheckpointError(f"{folder}: {name} is stored in FP8, but its scales {name}_scale_inv are missing")
         scale = tensors[name + "_scale_inv"]
@@ -135,7 +135,7 @@ def _read(folder, name, tensors, shape, blocks, dtype):
     if array.dtype not in FLOATS:
         known = ", ".join(d.name for d in FLOATS)
         raise CheckpointError(f"{folder}: {name} is of dtype {array.dtype}, expected one of {known}"
-                              + (", or float8_e4m3fn with a quantization_config in config.json" if array.dtype == E4M3 else ""))
+                              + (", or float8_e4m3fn with a quantization_config in config.json" if array.dtype == FLOAT8 else ""))
     return array
 
 
@@ -147,7 +147,7 @@ def _compare_names(folder, expected, tensors, config):
                               + ("; write 0 there to load the main model alone" if held == 0 else ""))
     copies = {f"model.layers.{config.n_layers + k}.{name}": original for k in range(config.n_mtp) for name, original in SHARED.items()}
     found = {name for name in tensors if not (
-        name in copies or name.endswith("_scale_inv") and tensors.get(name.removesuffix("_scale_inv"), np.empty(0)).dtype == E4M3)}
+        name in copies or name.endswith("_scale_inv") and tensors.get(name.removesuffix("_scale_inv"), np.empty(0)).dtype == FLOAT8)}
     missing, extra = sorted(expected - found), sorted(name for name in found - expected if tensors[name].size)
     if missing or extra:
         lists = [f"{what}: {', '.join(names[:20])}" + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -99,7 +99,7 @@ def decode(codes, fmt):
     Raises ValueError for anything else than such integers.
     """
     codes = np.asarray(codes)
-    if codes.dtype.kind not in "iu" or codes.size and not (0 <= codes.min() and codes.max() < fmt.n_codes):
+    if codes.size and not (codes.dtype.kind in "iu" and 0 <= codes.min() and codes.max() < fmt.n_codes):
         raise ValueError(f"codes ({codes.dtype}) must be integers from 0 to {fmt.n_codes - 1}, those of {fmt.name}")
     m, n = fmt.mantissa_bits, 2 ** (fmt.exponent_bits + fmt.mantissa_bits)
     sign, code = np.divmod(codes.astype(np.int64), n)

@@ -46,10 +46,10 @@ def drift(sizes, *, n=16, fmt=E4M3, shape=(64, 256), seed=0):
 
     sizes: (steps,)   n: steps that the history holds   ->   Drift
     For n steps before the first the tensor has been of sizes[0]. The history records what came, not what was left of it.
-    Raises ValueError for a size that is not positive, or an empty history.
+    Raises ValueError for no size at all, for one that is not positive, or an empty history.
     """
     sizes = np.asarray(sizes, np.float64)
-    if sizes.ndim != 1 or not (np.isfinite(sizes) & (sizes > 0)).all() or n < 1:
+    if sizes.ndim != 1 or not sizes.size or not (np.isfinite(sizes) & (sizes > 0)).all() or n < 1:
         raise ValueError(f"sizes = {sizes}, n = {n}: positive standard deviations in a row, and a history of at least one step")
     rng = np.random.default_rng(seed)
     history = [np.abs(sizes[0] * rng.standard_normal(shape)).max() for _ in range(n)]

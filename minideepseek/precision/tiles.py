@@ -27,7 +27,7 @@ def scales(x, block, fmt=formats.E4M3, *, power_of_two=False):
     x: (m, n) float   block: (rows, columns) of a tile, None for all of them; the last tiles may be ragged
     -> scale: (tiles down, tiles across) float32; power_of_two: each rounded up to a power of two (UE8M0)
     Raises NotFinite, a ValueError, when x holds nan or inf, or is so large that its tile's largest number would not fit float32
-    (from 2.97e38 on with powers of two); ValueError for what is not a matrix, for an empty tile, for a format with float32's range.
+    (E4M3 with powers of two: above 2.97e38); ValueError for what is not a matrix, for an empty tile, for a format with float32's range.
     """
     return _scales(*_cut(x, block, fmt), fmt, power_of_two)
 

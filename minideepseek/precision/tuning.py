@@ -46,7 +46,7 @@ def sweep(x, block, bits=8, *, top="fn", power_of_two=False):
     some, small, fits = x != 0, smaller_half(x), {}
     for name, fmt in splits(bits, top).items():
         q, scale = quantise(x, block, fmt, power_of_two=power_of_two)
-        x_hat = q * _spread(scale, x.shape, block)
+        x_hat = q * spread_blocks(scale, x.shape, block)
         below = (q != 0) & (np.abs(q) < fmt.smallest_normal)
         fits[name] = Fit(relative_error(x, x_hat), relative_error(x[small], x_hat[small]), float((q[some] == 0).mean()), float(below[some].mean()))
     return fits
@@ -72,7 +72,7 @@ def crest(x, block, part=...):
     The floor of 1e-4 counts as an entry: a tile below it does not reach the top, see tiles.scales.
     """
     x = np.asarray(x)
-    largest = _spread(scales(x, block) * np.float64(E4M3.max), x.shape, block)
+    largest = spread_blocks(scales(x, block) * np.float64(E4M3.max), x.shape, block)
     return float(np.linalg.norm(largest[part]) / np.linalg.norm(np.float64(x[part])))                   # eq. 1
 
 
@@ -86,11 +86,6 @@ def expected(c, fmt):
 def reach(fmt):
     """The crest up to which a format should be ahead of the one with a bit more of exponent and a bit less of mantissa."""
     return math.sqrt(2 * math.log(2)) * fmt.max / fmt.smallest_normal                                   # eq. 5
-
-
-def _spread(scale, shape, block):
-    """What belongs to a tile, for each of its entries: (tiles down, tiles across) -> (m, n)."""
-    return spread_blocks(scale, shape, [size or whole for size, whole in zip(block, shape)])
 
 
 def demo():

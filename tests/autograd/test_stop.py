@@ -1,4 +1,5 @@
 """break_on stops inside the function, whoever calls it, and leaves nothing behind."""
+import functools
 import os
 import subprocess
 import sys
@@ -106,6 +107,45 @@ def test_what_has_no_source_is_refused():
     for function in (namespace["typed"], lambda x: x):
         with pytest.raises(ValueError, match="no `def` whose source can be read"):
             stop_inside(function)
+
+
+class Counter:
+    def count(self, x):
+        return x + 1
+
+
+@functools.lru_cache
+def remembered(x):
+    return x + 1
+
+
+@pytest.mark.parametrize("function", [Counter().count, len, remembered], ids=["bound method", "builtin", "lru_cache"])
+def test_what_is_no_function_is_refused(function):
+    with pytest.raises(ValueError, match="is not a function made with `def`: of a method pass its __func__, of a cached one its __wrapped__"):
+        break_on(function)
+
+
+def test_as_the_message_says(stops):
+    with break_on(Counter.count, remembered.__wrapped__):
+        assert Counter().count(1) == remembered(1) == 2
+    assert [name for name, _ in stops] == ["count", "remembered"]
+
+
+def test_an_error_on_the_way_takes_back_what_was_set_before_it():
+    code = softmax_forward.__code__
+    for second in (lambda x: x, len):
+        with pytest.raises(ValueError):
+            break_on("softmax.forward", second)
+        assert softmax_forward.__code__ is code
+
+
+def test_two_are_closed_the_last_first(stops):
+    code = softmax_forward.__code__
+    outer, inner = break_on("softmax.forward"), break_on("softmax.forward")
+    inner.close()
+    assert softmax_forward.__code__ is not code
+    outer.close()
+    assert softmax_forward.__code__ is code
 
 
 def test_every_component_can_be_named():

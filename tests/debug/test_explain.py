@@ -1,5 +1,6 @@
 """explain names the op whose backward is wrong, clears the others, and admits what cannot be judged."""
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -216,6 +217,36 @@ def test_a_corner_is_recognised_and_a_bend_is_not_taken_for_one(capsys):
 def test_a_router_whose_gate_is_the_constant_one(capsys):
     explain(*taped(router, rng.standard_normal((3, 4)), rng.standard_normal((4, 5)), top_k=1))
     assert "the numeric gradient of W_router is zero everywhere" in capsys.readouterr().out
+
+
+def test_a_tape_that_was_not_replayed():
+    x = leaf("x", 3)
+    with Tape() as tape:
+        add(x, x)
+    with pytest.raises(ValueError, match="replay the tape first, with keep=True"):
+        explain(tape, x)
+
+
+@pytest.mark.parametrize("kind", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["seed", "forward"])
+def test_a_gradient_that_is_nan_gets_no_false_reason(kind, where, capsys):
+    data, dy = rng.standard_normal((2, 3, 4))
+    (dy if where == "seed" else data)[0, 0] = kind
+    x, W = Tensor(data, "x"), leaf("W", 4, 4)
+    with Tape() as tape, np.errstate(all="ignore"):
+        y = add(linear(x, W), x)
+        tape.backward({y: dy}, keep=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        errors = explain(tape, W)
+    printed = capsys.readouterr().out
+    assert f"  it holds {kind}: see nan_hunt, which stops where the first one is made\n" in printed and "is not the sum" not in printed
+    assert ("right: dx dW" in printed) == (not errors) == (where == "seed")
+    W.grad = np.where(np.isfinite(W.grad), 0, W.grad) if where == "seed" else np.zeros((4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explain(tape, W)
+    assert "is not the sum" in capsys.readouterr().out, "what is finite is still added up"
 
 
 def test_a_stranger_and_a_tape_that_kept_nothing():

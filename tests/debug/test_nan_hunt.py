@@ -10,7 +10,7 @@ from minideepseek.attention.mla import mla, mla_examples
 from minideepseek.autograd import tape as engine
 from minideepseek.autograd.stop import break_on
 from minideepseek.autograd.tape import Tape, Tensor, op
-from minideepseek.basics.linear import linear
+from minideepseek.basics.linear import linear, linear_backward, linear_forward
 from minideepseek.basics.residual import add
 from minideepseek.debug.nan_hunt import nan_hunt
 
@@ -68,6 +68,22 @@ def test_a_backward_and_the_leaves_stay_as_they_were():
     assert "record 0, root" in error.value.__notes__[0] and x.grad is None
 
 
+def test_a_second_gradient_is_looked_at_too():
+    def no_tokens_backward(dy, cache):
+        dx, dW = linear_backward(dy, cache)
+        dW = dW * np.float64(0) / 0                 # a mean over the tokens of an idle expert
+        return dx, dW
+
+    def run():
+        with Tape() as tape:
+            y = op(linear_forward, no_tokens_backward)(Tensor(np.ones((2, 3)), "x"), Tensor(np.ones((3, 4)), "W"))
+        tape.backward({y: np.ones((2, 4))})
+
+    lines = caught(run)
+    assert lines[0] == "linear: the gradient dW has nan, first at [0, 0], 12 of 12 entries"
+    assert "made in no_tokens_backward, test_nan_hunt.py:" in lines[1] and ": dW = dW * np.float64(0) / 0" in lines[1]
+
+
 def test_an_input_is_blamed_by_its_name():
     W = Tensor(np.array([[1.0, 2.0], [np.inf, 3.0]]), "layers.0.W_gate")
     lines = caught(lambda: linear(np.ones((1, 2)), W))
@@ -94,6 +110,25 @@ def test_the_innermost_line_of_a_composite_is_named():
     assert lines[0].startswith("mla: the output y has nan")
     assert "made in causal_attention_forward eq. 2, causal.py:" in lines[1] and ", from mla_forward: scores = " in lines[1]
     assert lines[2].startswith("  there scores has nan") and lines[2].endswith("; see whiteboard/attention/causal.md")
+
+
+def test_what_lies_in_fresh_memory_is_not_blamed(monkeypatch):
+    """np.empty_like hands out old bytes, nan among them; the line that fills them is not to be found before it has run."""
+    def halves_forward(x):
+        """The first row, and the roots of the others.
+
+        x: (T, D)   ->   y: (T, D)
+        """
+        y = np.empty_like(x)
+        y[:1] = x[:1]
+        y[1:] = np.sqrt(x[1:])
+        return y, x
+
+    empty_like = np.empty_like
+    monkeypatch.setattr(np, "empty_like", lambda x: np.full_like(x, np.nan))
+    lines = caught(lambda: op(halves_forward, root_backward)(np.array([[1.0], [-1.0]])))
+    assert "made in halves_forward, " in lines[1] and lines[1].endswith(": y[1:] = np.sqrt(x[1:])")
+    assert np.empty_like is empty_like, "as NumPy has it"
 
 
 def test_a_mask_of_minus_inf_is_not_blamed():

@@ -24,7 +24,10 @@ from tests.house import ROOT
     (np.array(3.0), "float64 () [3]"),
     (np.zeros((0, 4)), "float64 (0, 4) []"),
     (np.ones((2, 5), bool), "bool (2, 5) [True, True, True, ... True]"),
-    (np.ones(9, ml_dtypes.float8_e4m3fn), "float8_e4m3fn (9,) [1, 1, 1, ... 1]"),
+    (np.ones(9, ml_dtypes.float8_e4m3fn), "float8_e4m3fn (9,) [1, 1, 1, ... 1] mean 1 std 0"),
+    (np.array([1, np.nan, 449] * 3).astype(ml_dtypes.float8_e4m3fn), "float8_e4m3fn (9,) [1, nan, 448, ... 448] mean 224 std 224 3 nan"),
+    (np.array([3.14159, np.nan, -np.inf], ml_dtypes.bfloat16), "bfloat16 (3,) [3.14, nan, -inf] 1 nan 1 inf"),
+    (np.array([1, np.inf], ml_dtypes.float8_e5m2), "float8_e5m2 (2,) [1, inf] 1 inf"),
     (np.array(["a", "b"]), "str32 (2,) [a, b]"),
 ])
 def test_what_an_array_shows(array, expected):

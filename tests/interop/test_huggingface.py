@@ -14,7 +14,7 @@ from minideepseek.interop.huggingface import gradients, load, save
 from minideepseek.interop.layout import layout
 from minideepseek.interop.safetensors import CheckpointError, SafeTensors, write
 from minideepseek.model.transformer import losses, next_token_targets, trainable, transformer
-from minideepseek.precision.tiles import E4M3
+from minideepseek.precision.tiles import FLOAT8
 from tests.house import ROOT
 
 FIXTURES = ROOT / "tests/fixtures"
@@ -159,10 +159,10 @@ def test_saved_in_fp8_twice_it_does_not_change_again(tmp_path):
     save(tmp_path / "once", config, weights, fp8=True)
     save(tmp_path / "twice", *load(tmp_path / "once"), fp8=True)
     once, twice = [SafeTensors(tmp_path / name / "model.safetensors") for name in ("once", "twice")]
-    assert {name for name in once if once[name].dtype == E4M3} == {name for name in once if name + "_scale_inv" in once}
+    assert {name for name in once if once[name].dtype == FLOAT8} == {name for name in once if name + "_scale_inv" in once}
     assert "lm_head.weight_scale_inv" not in once and "model.layers.1.mlp.gate.weight_scale_inv" not in once
     for name in once:
-        if once[name].dtype == E4M3:
+        if once[name].dtype == FLOAT8:
             np.testing.assert_array_equal(once[name].view(np.uint8), twice[name].view(np.uint8))
 
 

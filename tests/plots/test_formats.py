@@ -48,6 +48,8 @@ def test_every_error_is_in_a_bar():
         for value in values:
             assert shares[np.searchsorted(edges, max(value, plots.LEAST), side="right") - 1] >= 1 / len(values)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["tensor: 25.0% above 1/16", "tile: 0.0% above 1/16"]
+    ax = plots.error_histograms({"all": [0.01, 0.05, 0.1, 1.0]})
+    assert ax.get_legend().get_texts()[0].get_text() == "all: 50.0% above 1/16"
     far = plots.error_histograms({"all": [0.01, 1.0, 5.0]}).patches[0].get_data()        # a wrong scale can cost more than everything
     assert np.isclose(far.values.sum(), 1)
 

@@ -154,6 +154,7 @@ def test_e8m0_has_powers_of_two_only():
 
 def test_bug_26_e4m3_is_no_grid_of_integers():
     positive = decode(np.arange(127), E4M3)
+    assert decode([], E4M3).shape == (0,) and decode(np.zeros((0, 2), np.uint8), E4M3).shape == (0, 2)
     assert len(set(positive)) == 127 and positive[1] == 2.0 ** -9 and positive[-1] == 448
     x = np.array([0.3, 0.001, 17.0, 19.0, 433.0])
     assert round_to(x, E4M3, overflow="saturate").tolist() == [0.3125, 2.0 ** -9, 16, 20, 448]

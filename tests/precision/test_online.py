@@ -76,6 +76,15 @@ def test_drift_equals_a_plain_loop(fmt, dtype):
         seen.append(np.abs(x).max())
 
 
+def test_a_hair_above_the_history_is_clamped_and_counted():
+    """One entry a step, a history of one: it is clamped exactly when it is larger than the last, be it by less than 1 %."""
+    steps, rng = 600, np.random.default_rng(0)
+    run = drift(np.ones(steps), n=1, shape=(1, 1))
+    size = np.abs([rng.standard_normal() for _ in range(steps + 1)])
+    ratio = size[1:] / size[:-1]
+    assert ((1.0001 < ratio) & (ratio < 1.01)).any() and run.saturated[:, 1].tolist() == (ratio > 1).tolist()
+
+
 def test_a_history_of_what_was_left_never_learns():
     """The trap of the page: record the largest entry after clamping, and a jump saturates for ever."""
     history, x = [1.0] * 4, np.array([8.0, -2.0])
@@ -92,8 +101,9 @@ def test_a_history_of_what_was_left_never_learns():
     (lambda: delayed_scale([1, -2]), r"history = \[ 1. -2.\] must be"),
     (lambda: delayed_scale([1, np.nan]), "history = .* must be"),
     (lambda: delayed_scale([[1, 2]]), "history = .* must be"),
-    (lambda: delayed_scale([1, np.inf]), "numbers that float32 can hold"),
-    (lambda: online_scale([1, np.nan]), "numbers that float32 can hold"),
+    (lambda: delayed_scale([1, np.inf]), "numbers that float32 cannot hold"),
+    (lambda: online_scale([1, np.nan]), "numbers that float32 cannot hold"),
+    (lambda: drift([]), r"sizes = \[\], n = 16"),
     (lambda: drift([1, 0]), r"sizes = \[1. 0.\], n = 16"),
     (lambda: drift([1, np.nan]), "sizes = "),
     (lambda: drift([[1.0]]), "sizes = "),

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from minideepseek.precision import formats
-from minideepseek.precision.tiles import (E4M3, SIZES, dequantise_blocks, error_beside, fake_quantise, quantise, quantise_blocks, relative_error, scales,
-                                          spread_blocks)
+from minideepseek.precision.tiles import (FLOAT32_MAX, FLOAT8, SIZES, NotFinite, dequantise_blocks, error_beside, fake_quantise, quantise, quantise_blocks,
+                                          relative_error, scales, spread_blocks)
 
 
 def test_scale_is_the_multiplier():
     """Bug 30: public checkpoints call it weight_scale_inv, and it is multiplied."""
-    q = np.array([[1.0, 2.0], [4.0, 8.0]]).astype(E4M3)
+    q = np.array([[1.0, 2.0], [4.0, 8.0]]).astype(FLOAT8)
     np.testing.assert_array_equal(dequantise_blocks(q, np.array([[0.5]]), (2, 2)), [[0.5, 1], [2, 4]])
 
 
@@ -19,7 +19,7 @@ def test_scale_is_the_multiplier():
 def test_every_block_has_its_own_scale_also_at_the_ragged_edge(shape):
     x = np.random.default_rng(0).standard_normal(shape) * np.arange(1, shape[1] + 1)
     q, scale = quantise_blocks(x)
-    assert q.dtype == E4M3 and scale.dtype == np.float32 and scale.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
+    assert q.dtype == FLOAT8 and scale.dtype == np.float32 and scale.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
     for i, j in np.ndindex(scale.shape):
         block = np.s_[i * 128:(i + 1) * 128, j * 128:(j + 1) * 128]
         assert scale[i, j] == np.float32(np.abs(x[block]).max()) / np.float32(448)
@@ -37,20 +37,43 @@ def test_a_block_of_zeros_and_values_beyond_the_range():
 
 def test_power_of_two_scales_are_read_too():
     scale = np.array([[0.25]]).astype(ml_dtypes.float8_e8m0fnu)
-    assert dequantise_blocks(np.array([[2.0]]).astype(E4M3), scale)[0, 0] == 0.5
+    assert dequantise_blocks(np.array([[2.0]]).astype(FLOAT8), scale)[0, 0] == 0.5
 
 
-@pytest.mark.parametrize("x", [np.zeros(3), np.array([[np.nan]]), np.array([[np.inf]]), np.array([[1e300]])])
+@pytest.mark.parametrize("x", [np.array([[np.nan]]), np.array([[np.inf]]), np.array([[1e300]])])
 def test_what_cannot_be_quantised(x):
-    with pytest.raises(ValueError, match="must be a matrix of numbers that float32 can hold"):
+    with pytest.raises(NotFinite, match="x holds nan, inf, or numbers that float32 cannot hold"):
         quantise_blocks(x)
+
+
+def test_a_wrong_argument_is_not_called_a_wrong_number():
+    with pytest.raises(ValueError, match="must be a matrix of numbers that float32 can hold") as error:
+        quantise_blocks(np.zeros(3))
+    assert issubclass(NotFinite, ValueError) and not isinstance(error.value, NotFinite)
+
+
+@pytest.mark.parametrize("fmt", [formats.E4M3, formats.E5M2, formats.E2M1, formats.E5M6, formats.exmy(2, 5, "fn")], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_near_the_end_of_float32_it_is_finite_or_refused(fmt, power_of_two):
+    """3.297e38 in E4M3: the scale 2^120, q = 248 and rounds to 256, and 2^128 is inf."""
+    returned = 0
+    for largest in np.linspace(2.5e38, FLOAT32_MAX, 200):
+        try:
+            x_hat = fake_quantise(np.array([[largest, 1.0]]), (1, 2), fmt, power_of_two=power_of_two)
+        except NotFinite as error:
+            assert "is a number that float32 cannot hold" in str(error)
+        else:
+            returned += 1
+            assert np.isfinite(x_hat).all()
+    assert returned > 100 or power_of_two
+    assert np.isfinite(fake_quantise(np.array([[1.6e38, 1.0]]), (1, 2), fmt, power_of_two=power_of_two)).all()
 
 
 def test_scales_that_do_not_fit():
     with pytest.raises(ValueError, match=r"q has shape \(3,\): blocks are those of a matrix"):
-        dequantise_blocks(np.zeros(3, E4M3), np.ones(1))
+        dequantise_blocks(np.zeros(3, FLOAT8), np.ones(1))
     with pytest.raises(ValueError, match=r"a matrix \(130, 5\) in blocks of \(128, 128\) needs scales \(2, 1\), got \(1, 1\)"):
-        dequantise_blocks(np.zeros((130, 5), E4M3), np.ones((1, 1)))
+        dequantise_blocks(np.zeros((130, 5), FLOAT8), np.ones((1, 1)))
 
 
 SHAPES = [(256, 256), (130, 257), (1, 1), (3, 300), (200, 5)]
@@ -157,7 +180,7 @@ def test_the_harm_of_one_outlier_is_bounded_by_its_tile():
 def test_no_entry_is_further_off_than_the_page_says(name):
     x = np.random.default_rng(0).standard_t(2, (130, 300)).astype(np.float32)
     scale = scales(x, SIZES[name])
-    spread = spread_blocks(scale, x.shape, [size or n for size, n in zip(SIZES[name], x.shape)])
+    spread = spread_blocks(scale, x.shape, SIZES[name])
     assert (np.abs(fake_quantise(x, SIZES[name]) - x) <= np.maximum(np.abs(x) / 16, spread / 1024) * (1 + 1e-6)).all()
 
 
@@ -177,14 +200,16 @@ def test_views_and_other_dtypes():
 
 def test_relative_error_by_hand():
     assert relative_error(np.array([3.0, 4.0]), np.array([3.0, 4.5])) == 0.1 and relative_error(np.ones((2, 2)), np.zeros((2, 2))) == 1
+    with np.errstate(all="ignore"):
+        assert np.isnan(relative_error(np.zeros(2), np.zeros(2))) and relative_error(np.zeros(2), np.ones(2)) == np.inf
 
 
 @pytest.mark.parametrize("x, block, fmt, message", [
     (np.zeros((0, 4)), (1, 128), formats.E4M3, r"x \(0, 4\) must be a matrix"),
     (np.zeros((2, 4, 4)), (1, 128), formats.E4M3, r"x \(2, 4, 4\) must be a matrix"),
     (np.zeros((2, 4)), (0, 128), formats.E4M3, r"tiles of at least \(1, 1\), not \(0, 128\)"),
-    (np.array([[1, np.nan]]), (1, 128), formats.E4M3, "must be a matrix of numbers that float32 can hold"),
-    (np.array([[1, -np.inf]], np.float32), (1, 1), formats.E4M3, "must be a matrix of numbers that float32 can hold"),
+    (np.array([[1, np.nan]]), (1, 128), formats.E4M3, "numbers that float32 cannot hold"),
+    (np.array([[1, -np.inf]], np.float32), (1, 1), formats.E4M3, "numbers that float32 cannot hold"),
     (np.zeros((2, 4)), (1, 128), formats.BF16, "BF16 has the range of float32, there is nothing to scale"),
 ])
 def test_what_has_no_scale(x, block, fmt, message):

@@ -192,7 +192,7 @@ def test_what_its_picture_shows(monkeypatch, capsys):
     (lambda: splits(top="IEEE"), r"exmy\(2, 5, 'IEEE'\)"),
     (lambda: sweep(np.zeros((2, 3)), (1, 3)), r"x \(2, 3\) must have an entry that is not 0"),
     (lambda: sweep(np.ones(3), (1, 3)), r"x \(3,\) must be a matrix"),
-    (lambda: sweep(np.array([[1, np.nan]]), (1, 2)), "numbers that float32 can hold"),
+    (lambda: sweep(np.array([[1, np.nan]]), (1, 2)), "numbers that float32 cannot hold"),
     (lambda: sweep(np.ones((2, 3)), (0, 3)), r"in tiles of at least \(1, 1\)"),
 ])
 def test_what_cannot_be_is_refused_by_name(call, message):
