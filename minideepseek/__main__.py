@@ -1,4 +1,4 @@
-"""The command line: python -m minideepseek train | generate | export | parity | check | trace | blank."""
+"""The command line: python -m minideepseek train | generate | export | parity | check | trace | blank | assign | grade."""
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")   # before NumPy comes: the pieces of a batch run side by side instead
@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 from minideepseek.autograd.stop import UnknownName
+from minideepseek.classroom.assign import assign
+from minideepseek.classroom.assignments import ASSIGNMENTS
 from minideepseek.classroom.blank import ExerciseError, blank
-from minideepseek.classroom.check import check_all, check_file
+from minideepseek.classroom.check import check_all, check_assignment, check_file
+from minideepseek.classroom.grade import SECONDS, grade_submission
 from minideepseek.debug.equations import trace
 from minideepseek.interop import huggingface, parity
 from minideepseek.interop.safetensors import CheckpointError
@@ -91,8 +94,9 @@ def _parser():
     one.add_argument("folder", nargs="+")
     one.add_argument("--every", action="store_true", help="a line for every comparison")
 
-    one = command("check", lambda o: check_file(o.file) if o.file else check_all(range(o.seeds)), "check a component or an exercise; without a file, all components")
-    one.add_argument("file", nargs="?")
+    one = command("check", _check, "check a component, an exercise, or an assignment by its name; without one, all components")
+    one.add_argument("file", nargs="?", help="rmsnorm, a path, or an assignment such as 2-norms")
+    one.add_argument("--pdb", action="store_true", help="of an assignment: stop in the debugger at the first fault")
     one.add_argument("--seeds", type=int, default=3, help="how many random draws of every case, for the table of all components")
 
     one = command("trace", lambda o: trace(o.name, markdown=o.markdown), "every equation of a component, in numbers")
@@ -103,7 +107,23 @@ def _parser():
     one.add_argument("file", help="rmsnorm, basics/rmsnorm or a path")
     one.add_argument("function", nargs="?", help="rmsnorm_forward or rmsnorm_backward; default: every backward")
     one.add_argument("--out", help="where to write it; default: <name>_exercise.py here")
+
+    one = command("assign", lambda o: assign(o.name, o.out) and 0, "write an assignment: what students get, the solution, an autograder; and prove it")
+    one.add_argument("name", help=", ".join(ASSIGNMENTS))
+    one.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+
+    one = command("grade", lambda o: grade_submission(o.submission, o.assignment, o.results, seconds=o.seconds), "grade a submission in a sandbox")
+    one.add_argument("submission", help="the folder that was handed in")
+    one.add_argument("--assignment", required=True, metavar="NAME", help=", ".join(ASSIGNMENTS))
+    one.add_argument("--seconds", type=float, default=SECONDS, help=f"wall clock of each task; default: {SECONDS}")
+    one.add_argument("--results", default="results.json", metavar="FILE", help="as Gradescope reads it; default: results.json here")
     return parser
+
+
+def _check(options):
+    if options.file in ASSIGNMENTS:
+        return check_assignment(options.file, debug=options.pdb)
+    return check_file(options.file) if options.file else check_all(range(options.seeds))
 
 
 def _positive(text):

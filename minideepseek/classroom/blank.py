@@ -54,17 +54,45 @@ def read(path):
     return source, names
 
 
+def functions(source):
+    """{name: node} of every function of a file, and of its classes: 'rmsnorm_forward', 'Tape.backward'."""
+    found = {}
+    for node in ast.parse(source).body:
+        methods = [child for child in node.body if isinstance(child, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
+        found |= {node.name: node} if isinstance(node, ast.FunctionDef) else {f"{node.name}.{child.name}": child for child in methods}
+    return found
+
+
+def hollow(source, messages):
+    """The source with the body of every function of `messages` {name: words} replaced by a NotImplementedError; docstrings stay."""
+    lines = source.splitlines()
+    nodes = [(node, messages[name]) for name, node in functions(source).items() if name in messages]
+    for node, words in sorted(nodes, key=lambda pair: -pair[0].lineno):       # from the bottom up, so that line numbers stay true
+        first = body(node)[0]
+        lines[first.lineno - 1:node.end_lineno] = [f'{" " * first.col_offset}raise NotImplementedError("{words}")']
+    return "\n".join(lines) + "\n"
+
+
+def body(node):
+    """The statements of a function, its docstring left out."""
+    return node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+
+
+def to_write(source, names):
+    """{name: 'write rmsnorm_backward: whiteboard/basics/rmsnorm.md, eq. 4, 5, 6'} for functions of a file."""
+    lines, page, words = source.splitlines(), page_of(source), {}
+    for name, node in functions(source).items():
+        numbers = equations(lines[body(node)[0].lineno - 1:node.end_lineno])
+        words[name] = f"write {name}: {page}" + (f", eq. {', '.join(map(str, numbers))}" if numbers else "")
+    return {name: words[name] for name in names}
+
+
 def blank_source(source, names):
-    """The source with the bodies of the functions `names` replaced by a NotImplementedError; docstrings stay."""
-    lines, page = source.splitlines(), page_of(source)
-    for node in reversed(ast.parse(source).body):            # from the bottom up, so that line numbers stay true
-        if isinstance(node, ast.FunctionDef) and node.name in names:
-            first = node.body[1] if ast.get_docstring(node) else node.body[0]
-            numbers = equations(lines[first.lineno - 1:node.end_lineno])
-            where = f"{page}" + (f", eq. {', '.join(map(str, numbers))}" if numbers else "")
-            lines[first.lineno - 1:node.end_lineno] = [f'    raise NotImplementedError("write {node.name}: {where}")']
-        elif isinstance(node, ast.If) and ("__package__" in ast.unparse(node.test) or "__main__" in ast.unparse(node.test)):
-            lines[node.lineno - 1:node.end_lineno] = []      # the copy lives outside the package and checks itself
+    """A copy that lives outside the package and checks itself, with the bodies of the functions `names` left to the student."""
+    lines = hollow(source, to_write(source, names)).splitlines()
+    for node in reversed(ast.parse("\n".join(lines)).body):
+        if isinstance(node, ast.If) and ("__package__" in ast.unparse(node.test) or "__main__" in ast.unparse(node.test)):
+            lines[node.lineno - 1:node.end_lineno] = []
     return "\n".join(lines).rstrip() + "\n" + ENDING
 
 

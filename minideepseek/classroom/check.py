@@ -1,11 +1,14 @@
-"""Check a component, or a student's copy of one: forward against the reference's values, backward against slopes.
+"""Check a component, a student's copy of one, or an assignment: forward against the reference's values, backward against slopes.
 
 Derivation: whiteboard/classroom/check.md
 """
 if not __package__:  # run as a script: take the package from this repository, and nothing from this folder
     import os, sys; sys.path[0:1] = [os.path.abspath(__file__ + "/../../..")]
 
+import importlib
 import importlib.util
+import json
+import pdb
 import sys
 import tempfile
 import traceback
@@ -15,8 +18,12 @@ import numpy as np
 
 from minideepseek.autograd.finite_differences import GradcheckError, output_arrays
 from minideepseek.autograd.gradcheck import where_derived, worst_errors
+from minideepseek.autograd.stop import break_on
+from minideepseek.classroom.assignments import assignment
 from minideepseek.classroom.blank import ExerciseError, find, read
 from minideepseek.classroom.components import PACKAGE, components, page_of
+from minideepseek.classroom.judge import checks, differs, expected
+from minideepseek.classroom.worker import answer, unpack
 
 SEEDS = (0, 1, 2)
 SAME = 1e-12             # a forward is right when it differs from the reference by at most this, relative to the largest value
@@ -30,9 +37,9 @@ def check_all(seeds=SEEDS):
         try:
             errors = worst_errors(component.forward, component.backward, component.examples, seeds)
             print(f"{component.name:14s} " + "  ".join(f"d{name} {error:.0e}" for name, error in errors.items()))
-        except GradcheckError as error:
+        except (GradcheckError, NotImplementedError) as error:
             wrong += 1
-            print(f"{component.name:14s} WRONG  {error}")
+            print(f"{component.name:14s} {'WRONG ' if isinstance(error, GradcheckError) else 'not written yet:'} {error}")
     return int(wrong > 0)
 
 
@@ -58,6 +65,42 @@ def check_file(file):
             wrong += not verdict.startswith("right")
             print(f"{function.__name__:24s} {verdict}")
     return int(wrong > 0)
+
+
+def check_assignment(name, debug=False):
+    """The grader's checks on the public questions of a student's folder: a line for each task; return 0 when all is right, else 1.
+
+    debug: stop in the debugger at the first fault: where it was raised, or on the first line of the function that is wrong
+    Raises ExerciseError where there are no questions for this assignment.
+    """
+    one, path = assignment(name), PACKAGE.parent / "public.json"
+    stored = unpack(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {"assignment": None}
+    if stored["assignment"] != name:
+        raise ExerciseError(f"{path}: it holds no questions of {name}: work in the folder student/ that `assign {name}` wrote")
+    faults = []
+    for task in one.tasks:
+        asked = stored["tasks"][task.name]
+        found = checks(task, asked["questions"], {(part, number): result for part, number, result in asked["right"]}, expected(asked["questions"]))
+        points, wrong = sum(check.points for check in found if not check.fault), [check for check in found if check.fault]
+        print(f"{task.name:20s} {points:5.1f} of {task.points:3d}  " + (f"{wrong[0].name}: {wrong[0].fault}" if wrong else "right"))
+        faults += wrong[:1]
+    if faults and debug:
+        _debug(faults[0])
+    elif faults:
+        print(f"next: read what the first fault points to, or stop there: python -m minideepseek check {name} --pdb")
+    return int(bool(faults))
+
+
+def _debug(fault):
+    question = fault.question
+    name = question["name"] + (f"_{fault.part}" if question["dy"] else "")
+    try:
+        answer(question, fault.part)
+    except Exception as error:
+        pdb.post_mortem(error.__traceback__)
+    else:
+        with break_on(getattr(importlib.import_module(question["module"]), name)):
+            answer(question, fault.part)
 
 
 def _reference(path, source):
@@ -110,19 +153,15 @@ def _compare_values(reference, forward):
     """The largest difference from the reference's outputs. Raises ExerciseError at the first case that differs."""
     largest = 0.0
     for case, args, config in _cases(reference):
-        expected, _ = reference.forward(*args, **config)
+        y_right, _ = reference.forward(*args, **config)
         returned = forward(*[np.copy(a) if isinstance(a, np.ndarray) else a for a in args], **config)
         if not (isinstance(returned, tuple) and len(returned) == 2):
             raise ExerciseError(f"case '{case}': it must return (output, cache), it returned {type(returned).__name__}")
-        for y, y_right in zip(output_arrays(returned[0]), output_arrays(expected), strict=True):
-            if y.shape != y_right.shape:
-                raise ExerciseError(f"case '{case}': the output has shape {y.shape}, expected {y_right.shape}")
-            error = np.abs(y - y_right)
-            if not (error <= SAME * np.abs(y_right).max(initial=1e-300)).all():
-                worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape)
-                index = ", ".join(str(int(i)) for i in worst)
-                raise ExerciseError(f"case '{case}': output[{index}] = {y[worst]:.6g}, expected {y_right[worst]:.6g}")
-            largest = max(largest, float(error.max(initial=0)))
+        given, right = output_arrays(returned[0]), output_arrays(y_right)
+        fault = next((f"the output has shape {y.shape}, expected {y_right.shape}" for y, y_right in zip(given, right) if y.shape != y_right.shape), None)
+        if fault := fault or differs(given, right, SAME):
+            raise ExerciseError(f"case '{case}': {fault}")
+        largest = max(largest, *(float(np.abs(y - y_right).max(initial=0)) for y, y_right in zip(given, right)))
     return largest
 
 

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from minideepseek.__main__ import main
-from minideepseek.classroom.blank import ExerciseError, blank, blank_source, find, read
+from minideepseek.classroom.blank import ExerciseError, blank, blank_source, find, functions, hollow, read, to_write
 from tests.house import COMPONENTS, NAMES
 
 
@@ -24,6 +24,41 @@ def test_no_line_of_the_solution_is_left(component):
     lines = source.splitlines()[function.lineno - 1:function.end_lineno]
     tagged = [line.split("  #")[0].strip() for line in lines if "# eq." in line]
     assert tagged and not [line for line in tagged if line in text]
+
+
+CLASS = '''"""A file.
+
+Derivation: whiteboard/a/b.md
+"""
+
+
+class Cache:
+    """It remembers."""
+
+    def append(self, x):
+        """Keep x."""
+        self.x = x       # eq. 3
+        return (x
+                + 1)     # eq. 4
+
+    @property
+    def size(self):
+        return 1
+
+
+def words():
+    """Only words."""
+'''
+
+
+def test_a_method_is_emptied_and_the_rest_stays():
+    assert list(functions(CLASS)) == ["Cache.append", "Cache.size", "words"]
+    messages = to_write(CLASS, ["Cache.append"])
+    assert messages == {"Cache.append": "write Cache.append: whiteboard/a/b.md, eq. 3, 4"}
+    text = hollow(CLASS, messages)
+    before, after = CLASS.split("        self.x = x")[0], CLASS.split("# eq. 4\n")[1]
+    assert text == f'{before}        raise NotImplementedError("write Cache.append: whiteboard/a/b.md, eq. 3, 4")\n{after}'
+    assert hollow(CLASS, {}) == CLASS
 
 
 def test_it_names_page_and_equations_and_keeps_the_forward():

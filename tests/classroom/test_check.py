@@ -4,8 +4,10 @@ import sys
 import pytest
 
 from minideepseek.__main__ import main
-from minideepseek.classroom.blank import blank
-from tests.house import NAMES, ROOT
+from minideepseek.classroom import check
+from minideepseek.classroom.blank import ExerciseError, blank
+from minideepseek.classroom.check import check_all, check_assignment
+from tests.house import COMPONENTS, NAMES, ROOT
 
 RIGHT = """    g, r, x_hat = cache
     dg = (dy * x_hat).reshape(-1, g.size).sum(axis=0)
@@ -34,6 +36,24 @@ def test_all_components(capsys):
     assert main(["check", "--seeds", "1"]) == 0
     table = capsys.readouterr().out
     assert all(f"\n{name} " in table for name in NAMES) and "WRONG" not in table
+
+
+def test_a_component_that_is_not_written_does_not_stop_the_table(capsys, monkeypatch):
+    """As in a student's folder."""
+    def stub(*_, **__):
+        raise NotImplementedError("write it")
+
+    monkeypatch.setattr(check, "components", lambda: [COMPONENTS[0]._replace(forward=stub), COMPONENTS[1]])
+    assert check_all(seeds=(0,)) == 1
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("not written yet: write it") and "dq" in second
+
+
+@pytest.mark.parametrize("name, words", [("2-norms", "holds no questions of 2-norms: work in the folder student/"), ("9-none", "no assignment '9-none'")])
+def test_an_assignment_is_checked_in_its_own_folder(name, words):
+    """What it prints there: test_assign."""
+    with pytest.raises(ExerciseError, match=words):
+        check_assignment(name)
 
 
 def test_an_untouched_exercise_is_not_right(capsys):
