@@ -116,6 +116,9 @@ BUGS = {
     "37 dE[ids] += dy loses duplicates": (
         "minideepseek/basics/embedding.py", "    dE = P.T @ dy.reshape(M, D)",
         "    dE = np.zeros((U, D), dy.dtype); dE[ids] += dy"),
+    "38 the grader grades the reference": (
+        "minideepseek/classroom/grade.py", "expected(asked), read_answers(answer))", "expected(asked), expected(asked))",
+        "tests/classroom/test_grade.py::test_an_empty_submission_scores_nothing_and_every_check_fails"),
     "36b nan passes a comparison written the wrong way round": (
         "minideepseek/autograd/causes.py", "bool((np.abs(a - b) <= 1e-6 * np.abs(b).max(initial=0)).all())",
         "not (np.abs(a - b) > 1e-6 * np.abs(b).max(initial=0)).any()"),
