@@ -266,6 +266,7 @@ def graded(request, tmp_path_factory, listener):
         return grade(folder, ONE, seconds=10 if name.startswith("style") else SECONDS, files=FILES), time.monotonic() - began
 
     wanted = [item.callspec.params["name"] for item in request.session.items if item.module is request.module and "graded" in item.fixturenames and hasattr(item, "callspec")]
+    wanted = dict.fromkeys([*wanted, "style: another cache"])       # an honest one in any case: what a grading takes on this machine
     with ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(one, name, hand_in(tmp_path_factory.mktemp("submission"), files[name])) for name in wanted}
     del os.environ[SECRET]
@@ -277,7 +278,8 @@ def test_a_hostile_submission_gets_what_its_honest_part_deserves(name, graded):
     outcome, seconds = graded[name].result()
     assert outcome["score"] == pytest.approx(HOSTILE[name][1]), report(outcome)
     assert outcome["tests"] and "could not be graded" not in outcome["output"]
-    assert seconds < SECONDS + 4                     # one second more than its limit, and the imports of the worker on a busy machine
+    honest = max(future.result()[1] for other, future in graded.items() if other.startswith("style"))
+    assert seconds < honest + SECONDS + 1            # its limit and one second, beside what starting the sandbox and grading take anyway
 
 
 @pytest.mark.parametrize("name", [*(f"style: {name}" for name in STYLES), "style: another cache"])
