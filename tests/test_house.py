@@ -106,24 +106,48 @@ def test_every_file_starts_and_ends_in_the_same_way(path):
     assert code_lines(source) <= 250, f"{path}: {code_lines(source)} lines of code"
 
 
+RUN_ALL = """
+import os, runpy, sys, traceback
+import matplotlib.backends.backend_agg, matplotlib.figure, ml_dtypes, numpy, scipy.sparse, scipy.special      # once; each file then runs in a fork
+for path in sys.argv[2:]:
+    if not (child := os.fork()):
+        code, out = 1, os.open(f"{sys.argv[1]}/{path.replace('/', '-')}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(out, 1), os.dup2(out, 2)
+        sys.argv, sys.path[0] = [path], os.path.dirname(path)                 # as `python path` has them
+        try:
+            found = runpy.run_path(path, run_name="__main__")
+            import minideepseek
+            print("FROM", minideepseek.__file__)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), path, flush=True)
+"""
+
+
 def test_every_file_runs_from_any_folder_uninstalled(tmp_path):
     """A copy of the package alone, run by path from elsewhere: nothing but its own folder can serve its imports."""
     copy = tmp_path / "elsewhere"
     shutil.copytree(ROOT / "minideepseek", copy / "minideepseek", ignore=shutil.ignore_patterns("__pycache__"))
-
-    def run(path):
-        probe = ("import runpy, sys; sys.argv = [sys.argv[1]]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-                 "import minideepseek; print('FROM', minideepseek.__file__)")
-        by_path = subprocess.run([sys.executable, str(copy / path)], cwd=tmp_path, capture_output=True, text=True)
-        where = subprocess.run([sys.executable, "-c", probe, str(copy / path)], cwd=tmp_path, capture_output=True, text=True) \
-            if path == FILES[0] else None
-        return path, by_path, where
-
+    halves = [[str(copy / path) for path in FILES[half::2]] for half in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
-        for path, by_path, where in pool.map(run, FILES):
-            assert by_path.returncode == 0, f"{path}:\n{by_path.stdout}{by_path.stderr}"
-            assert "claim" in by_path.stdout, f"{path}: its demo makes no claim"
-            assert where is None or f"FROM {copy}" in where.stdout
+        runs = list(pool.map(lambda paths: subprocess.run([sys.executable, "-c", RUN_ALL, str(tmp_path), *paths], cwd=tmp_path, capture_output=True, text=True), halves))
+    codes = dict(line.split(" ", 1)[::-1] for run in runs for line in run.stdout.splitlines())
+    for path in sum(halves, []):
+        written = (tmp_path / f"{path.replace('/', '-')}.txt").read_text(errors="replace")
+        assert codes.get(path) == "0", f"{path}:\n{written}"
+        assert "claim" in written, f"{path}: its demo makes no claim"
+        assert f"FROM {copy}" in written
+
+
+@pytest.mark.parametrize("folder", sorted({path.parts[1] for path in FILES}))
+def test_a_file_of_each_folder_runs_as_python_runs_it(folder, tmp_path):
+    path = next(path for path in FILES if path.parts[1] == folder)
+    run = subprocess.run([sys.executable, str(ROOT / path)], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and "claim" in run.stdout, run.stdout + run.stderr
 
 
 def test_a_file_runs_as_a_module_and_under_pdb(tmp_path):
