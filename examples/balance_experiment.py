@@ -31,7 +31,7 @@ from minideepseek.plots.canvas import panels
 from minideepseek.plots.experts import bias_trajectories, load_over_training, violation_curves
 from minideepseek.training import pretrain
 from minideepseek.training.data import bits_per_byte
-from minideepseek.training.experiment import spread, table
+from minideepseek.training.experiment import put, spread, table
 from minideepseek.training.recipe import recipe
 from minideepseek.training.step import expert_blocks, held_out_nats
 
@@ -57,23 +57,16 @@ def one(way, seed, steps_of):
         violations.append(statistics.mean(report.violations))
         if step % EVERY == 0:
             bias = expert_blocks(run.weights)[0].b_select        # none without the bias rule
-            steps.append([way, step, f"{violations[-1]:.4f}", *report.counts[0], *(np.zeros(len(report.counts[0])) if bias is None else bias.round(4))])
+            steps.append([step, f"{violations[-1]:.4f}", *report.counts[0], *(np.zeros(len(report.counts[0])) if bias is None else bias.round(4))])
 
     with tempfile.TemporaryDirectory() as parent:
         run = pretrain.begin(Path(parent, "run"), dataclasses.replace(recipe("micro"), n_mtp=0, seed=seed, **WAYS[way]))
         pretrain.train(run, say=lambda line: None, watch=watch)
     nats, counts = held_out_nats(run.data.held_tokens, run.data.held_targets, run.weights, run.config)
     if steps_of:
-        keep_steps(steps_of, way, steps)
+        put(steps_of, [way], steps)
     return (bits_per_byte(nats[0], run.data.held_bytes) - run.data.floor, statistics.mean(map(max_violation, counts)),
             statistics.mean(violations[-len(violations) // 10:]), sum(int((count < count.mean() / 10).sum()) for count in counts))
-
-
-def keep_steps(path, way, steps):
-    """Put the steps of one way in place of those that a run which was cut off may have left."""
-    others = [line for line in csv.reader(path.open(newline="")) if line[0] != way] if path.exists() else []
-    with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(others + steps)
 
 
 def main():

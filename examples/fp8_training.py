@@ -27,7 +27,7 @@ import numpy as np
 
 from minideepseek.training import pretrain
 from minideepseek.training.data import bits_per_byte
-from minideepseek.training.experiment import spread, table
+from minideepseek.training.experiment import put, spread, table
 from minideepseek.training.recipe import recipe
 from minideepseek.training.step import held_out_nats
 
@@ -58,18 +58,15 @@ def one(seed, way, steps_of):
             run.weights.E[0, 0] = np.nextafter(run.weights.E[0, 0], np.float32(np.inf))
         pretrain.train(run, say=lambda line: None, watch=lambda step, report: losses.append(report.main))
     nats, _ = held_out_nats(run.data.held_tokens, run.data.held_targets, run.weights, run.config)
-    curve = smoothed(losses)
-    others = {key: values for key, values in curves(steps_of).items() if key != (str(seed), way)}
-    others[str(seed), way] = curve
-    with open(steps_of, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([*key, *[f"{value:.5f}" for value in values]] for key, values in others.items())
-    late = 100 * (curve / others[str(seed), "fp32"] - 1)[len(curve) // 2:]
+    curve = smoothed(losses).round(5)                    # as the file keeps it
+    put(steps_of, [seed, way], [[f"{value:.5f}" for value in curve]])
+    late = 100 * (curve / curves(steps_of)[str(seed), "fp32"] - 1)[len(curve) // 2:]
     return bits_per_byte(nats[0], run.data.held_bytes) - run.data.floor, float(late.mean()), float(np.abs(late).mean()), float(np.abs(late).max())
 
 
 def curves(path):
     """{(seed, way): smoothed losses} of what has been run."""
-    with open(path, newline="") if path.exists() else open(os.devnull) as file:
+    with open(path, newline="") as file:
         return {(seed, way): np.array(values, float) for seed, way, *values in csv.reader(file)}
 
 

@@ -100,6 +100,18 @@ def bind(component, args, config):
     return ShapeLine(component.forward).bind(args, config)
 
 
+def spy_on_gemm():
+    """(gemm, roles): a gemm that takes two matrices and nothing else, and the list of the roles in which it is called."""
+    roles = []
+
+    def gemm(A, B, *, role):
+        assert A.ndim == B.ndim == 2, f"{role}: operands of shape {A.shape} and {B.shape}"
+        roles.append(role)
+        return A @ B
+
+    return gemm, roles
+
+
 def plant(tmp_path, file, old, new, tests=None):
     """Copy the repository, replace `old` (found exactly once) by `new` in `file`, and demand that its own tests fail.
 

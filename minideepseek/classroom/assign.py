@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from minideepseek.classroom.assignments import assignment
-from minideepseek.classroom.components import PACKAGE
 from minideepseek.classroom.grade import grade, report
 from minideepseek.classroom.judge import ask, checks, expected
 from minideepseek.classroom.mutate import mutants

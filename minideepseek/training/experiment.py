@@ -44,6 +44,16 @@ def table(path, columns, jobs, run, *, say=print):
     return found
 
 
+def put(path, key, rows):
+    """Put rows that begin with the parts of `key` into a CSV file without a header line, in place of those that begin so already.
+
+    For what a run leaves beside its row of the table, such as its steps: a run that was cut off may have left some of it.
+    """
+    key = [str(part) for part in key]
+    others = [line for line in _lines(path) if line[:len(key)] != key]
+    _write(path, [*others, *[[*key, *row] for row in rows]])
+
+
 def spread(rows, column):
     """'0.171 (0.162 to 0.176)': the median over some rows, and their range, with three digits after the point."""
     values = [float(row[column]) for row in rows]
@@ -54,11 +64,18 @@ def _read(path, columns):
     """The rows of a table, each a list of strings; none when there is no file yet."""
     if not Path(path).exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
+    lines = _lines(path)
     if lines[:1] != [list(columns)] or any(len(line) != len(columns) for line in lines):
         raise ExperimentError(f"{path} is another table: its first line is {lines[:1]}, expected the columns {list(columns)}, and as many values in each row")
     return lines[1:]
+
+
+def _lines(path):
+    """All lines of a CSV file, none of one that is not there."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
 
 
 def _write(path, lines):

@@ -25,7 +25,6 @@ from minideepseek.training.recipe import Recipe
 def gemm_of(recipe):
     """The products of all linear layers but the head and the router, see `linear`: plain, in BF16, or in FP8.
 
-
     Embedding, head, router, norms, the core of attention and everything elementwise stay in the precision of the weights.
     dx and dW in FP8 are surrogates: the slope of rounding is taken for 1.
     """
@@ -69,7 +68,7 @@ def observe(weights, tokens, targets, config, gemm):
 
 
 def formats_of(recipe, weights, state, gradients, products):
-    """Which tensor lives where: rows (tensor, format, scales), read off a step that was really made.
+    """Which tensor lives where: rows (tensor, format, scales). Dtypes and products are those of a step that was made, tiles and formats the recipe's.
 
     weights: ModelWeights   state: AdamWState after the step   gradients: {name: array}   products: of `observe`
     """
@@ -80,8 +79,8 @@ def formats_of(recipe, weights, state, gradients, products):
     stay = dtypes(flat.values())
     rows = [("master weights", stay, ""), ("gradients of weights", dtypes(gradients.values()), ""), ("moments m, v", dtypes([*state.m.values(), *state.v.values()]), "")]
     if recipe.precision != "fp8":
-        rows += [("both operands of every product", "BF16" if recipe.precision == "bf16" else stay, "")]
-    if recipe.precision == "fp8":
+        rows.append(("both operands of every product", "BF16" if recipe.precision == "bf16" else stay, ""))
+    else:
         for role, (a, b) in (("forward", ("input x", "weight W")), ("dx", ("gradient dy", "weight W")), ("dW", ("input x, transposed", "gradient dy"))):
             n = sum(product.role == role for product in products)
             for what, (block, fmt) in zip((a, b), tiling(role, **_fp8_options(recipe), fmt=E4M3)):

@@ -7,6 +7,7 @@ from minideepseek.autograd.gradcheck import gradcheck
 from minideepseek.autograd.tape import Tape, Tensor, op
 from minideepseek.basics.linear import linear
 from minideepseek.basics.swiglu import silu_mul
+from tests.house import spy_on_gemm
 
 rng = np.random.default_rng(0)
 
@@ -141,12 +142,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_gets_zeros():
 
 
 def test_every_projection_passes_through_the_gemm_door():
-    roles = []
-
-    def gemm(A, B, *, role):
-        roles.append(role)
-        return A @ B
-
+    gemm, roles = spy_on_gemm()
     x, w, config = example()
     y, cache = gated_attention_forward(x, *w, **config, gemm=gemm)
     gated_attention_backward(y, cache)

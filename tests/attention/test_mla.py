@@ -8,6 +8,7 @@ from minideepseek.autograd.gradcheck import gradcheck
 from minideepseek.autograd.tape import Tape, Tensor, op
 from minideepseek.basics.linear import linear
 from minideepseek.basics.rmsnorm import rmsnorm, rmsnorm_forward
+from tests.house import spy_on_gemm
 
 CASES = ("query latent", "no query latent", "half-split", "in tiles")
 
@@ -135,13 +136,7 @@ def test_a_common_shift_of_all_positions_changes_nothing():
 
 
 def test_every_projection_passes_through_the_gemm_door():
-    roles = []
-
-    def gemm(A, B, *, role):
-        assert A.ndim == B.ndim == 2
-        roles.append(role)
-        return A @ B
-
+    gemm, roles = spy_on_gemm()
     x, w, config = example("query latent")
     y, cache = mla_forward(x, *w, **config, gemm=gemm)
     assert roles == ["forward"] * 8

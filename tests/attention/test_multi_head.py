@@ -8,6 +8,7 @@ from minideepseek.attention.rope import frequencies, rope, rope_forward, rope_ta
 from minideepseek.autograd.gradcheck import gradcheck
 from minideepseek.autograd.tape import Tape, Tensor, op
 from minideepseek.basics.linear import linear
+from tests.house import spy_on_gemm
 
 CASES = ("no positions", "turned", "turned, half-split")
 
@@ -151,13 +152,7 @@ def test_the_default_scale_is_that_of_one_head():
 
 
 def test_every_projection_passes_through_the_gemm_door():
-    roles = []
-
-    def gemm(A, B, *, role):
-        assert A.ndim == B.ndim == 2
-        roles.append(role)
-        return A @ B
-
+    gemm, roles = spy_on_gemm()
     x, w, config = example("turned")
     y, cache = multi_head_forward(x, *w, **config, gemm=gemm)
     assert roles == ["forward"] * 4

@@ -7,6 +7,7 @@ from minideepseek.autograd.gradcheck import gradcheck
 from minideepseek.autograd.tape import Tape, Tensor, op
 from minideepseek.basics.linear import linear
 from minideepseek.basics.softmax import softmax
+from tests.house import spy_on_gemm
 
 CASES = ("1 / sqrt(K)", "another scale")
 
@@ -118,13 +119,7 @@ def test_one_token_reads_its_own_value_and_huge_scores_stay_finite():
 
 
 def test_every_projection_passes_through_the_gemm_door():
-    roles = []
-
-    def gemm(A, B, *, role):
-        assert A.ndim == B.ndim == 2
-        roles.append(role)
-        return A @ B
-
+    gemm, roles = spy_on_gemm()
     args, _ = example()
     o, cache = self_attention_forward(*args, gemm=gemm)
     assert roles == ["forward"] * 3

@@ -6,6 +6,7 @@ from minideepseek.autograd.gradcheck import gradcheck
 from minideepseek.autograd.tape import Tape, Tensor
 from minideepseek.basics.linear import linear
 from minideepseek.basics.swiglu import sigmoid, silu_mul, silu_mul_forward, swiglu, swiglu_backward, swiglu_examples, swiglu_forward
+from tests.house import spy_on_gemm
 
 rng = np.random.default_rng(0)
 
@@ -52,12 +53,7 @@ def test_it_is_one_record_on_the_tape():
 
 
 def test_every_projection_passes_through_the_gemm_door():
-    roles = []
-
-    def gemm(A, B, *, role):
-        roles.append(role)
-        return A @ B
-
+    gemm, roles = spy_on_gemm()
     args, _ = swiglu_examples(rng)["batch"]
     y, cache = swiglu_forward(*args, gemm=gemm)
     swiglu_backward(y, cache)

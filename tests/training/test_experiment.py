@@ -1,7 +1,7 @@
 """A table of runs: what is there is not run again, and a cut loses one run."""
 import pytest
 
-from minideepseek.training.experiment import ExperimentError, demo, spread, table
+from minideepseek.training.experiment import ExperimentError, demo, put, spread, table
 
 COLUMNS = ("way", "seed", "loss", "dead")
 JOBS = [(way, seed) for seed in (0, 1) for way in ("none", "aux, strong")]
@@ -59,6 +59,18 @@ def test_a_run_with_another_number_of_values_is_refused(tmp_path):
     with pytest.raises(ExperimentError, match="the run of none, 0 gave 1 values, expected 2"):
         table(tmp_path / "t.csv", COLUMNS, JOBS, lambda way, seed: [1.0])
     assert not (tmp_path / "t.csv").exists()
+
+
+def test_what_a_run_leaves_takes_the_place_of_what_it_left_before(tmp_path):
+    path = tmp_path / "steps.csv"
+    put(path, ["none"], [[0, "0.5"], [5, "0.4"]])
+    put(path, ["aux, strong"], [[0, 7]])
+    assert path.read_text() == 'none,0,0.5\nnone,5,0.4\n"aux, strong",0,7\n'
+    put(path, ["none"], [[0, "0.6"]])
+    assert path.read_text() == '"aux, strong",0,7\nnone,0,0.6\n'
+    put(path, [1, "none"], [["x"]])
+    put(path, [1, "none"], [["y"]])                    # both parts of the key are looked at, and numbers as text
+    assert path.read_text().splitlines() == ['"aux, strong",0,7', "none,0,0.6", "1,none,y"]
 
 
 def test_spread_is_the_median_and_the_range():
